@@ -1,0 +1,400 @@
+"""The networks of Stable Diffusion, written by hand: U-Net, VAE and CLIP text encoder, from their published configs.
+
+Every module carries the name it has in the published checkpoints, so a state dict loads as it is.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def supported(key, value, *values):
+    """value, which must be one of `values`: anything else is a model that this file would compute wrongly."""
+    if value not in values:
+        raise ValueError(f"config {key} = {value!r} is not supported: {', '.join(map(repr, values))}")
+    return value
+
+
+def per_level(value, levels):
+    return list(value) if isinstance(value, (list, tuple)) else [value] * levels
+
+
+def sinusoid(t, dim, flip=False, shift=0):
+    """Sinusoidal embedding of t (B,) -> (B, dim), always float32: sines then cosines (Vaswani et al. 2017), or flipped."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - shift))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()], 1)
+
+
+def guidance_sinusoid(w, dim):
+    """Embedding of the guidance scale w (B,) -> (B, dim), as latent consistency models have it (Luo et al. 2023).
+
+    The angles reach thousands, so float32's rounding of the frequencies shows: the order of operations is theirs.
+    """
+    frequency = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000) / (dim // 2 - 1)))
+    angle = (w.float() - 1)[:, None] * 1000 * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def upsample(x, size):
+    """Nearest neighbour to the skip connection's own size, which need not be exactly double: any image size works."""
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+class Conv(nn.Module):
+    """A down- or up-sampler's convolution, under the name it has in the checkpoint: `downsamplers.0.conv`."""
+
+    def __init__(self, channels, stride, padding):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Resnet(nn.Module):
+    def __init__(self, c_in, c_out, c_emb, groups, eps):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if c_emb:
+            self.time_emb_proj = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, C) on itself or on context (B, L, D)."""
+
+    def __init__(self, channels, context, heads, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias)
+        self.to_k = nn.Linear(context, channels, bias)
+        self.to_v = nn.Linear(context, channels, bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=self.heads)
+                   for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, N, d)
+        return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, -1)
+        return x * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward, each on a residual stream."""
+
+    def __init__(self, channels, heads, c_text):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, c_text, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = nn.Module()
+        self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x, text):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff.net[2](self.ff.net[0](self.norm3(x)))
+
+
+class Transformer(nn.Module):
+    """A transformer over the pixels of x (B, C, h, w), attending to text (B, L, D)."""
+
+    def __init__(self, channels, heads, c_text, groups, linear, depth):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, c_text) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def project(self, layer, z):
+        """SD 1.x projects with a 1x1 convolution, SD 2.x with a linear layer: the same product, other weight shapes."""
+        return F.linear(z, layer.weight.flatten(1), layer.bias)
+
+    def forward(self, x, text):
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        h = self.project(self.proj_in, h)
+        for block in self.transformer_blocks:
+            h = block(h, text)
+        return x + rearrange(self.project(self.proj_out, h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Block(nn.Module):
+    """One resolution of the U-Net or VAE: resnets, each followed by attention where there is any, then a sampler."""
+
+    def __init__(self, resnets, attentions=(), downsample=None, upsample=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        if downsample:
+            self.downsamplers = nn.ModuleList([downsample])
+        if upsample:
+            self.upsamplers = nn.ModuleList([upsample])
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids to the embedding that every resnet sees; `cond_proj` adds the guidance scale to a student's."""
+
+    def __init__(self, c_in, c_emb, c_guidance=None):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_emb)
+        self.linear_2 = nn.Linear(c_emb, c_emb)
+        if c_guidance:
+            self.cond_proj = nn.Linear(c_guidance, c_in, bias=False)
+
+    def forward(self, sin, guidance=None):
+        sin = sin.to(self.linear_1.weight.dtype)
+        if guidance is not None:
+            sin = sin + self.cond_proj(guidance.to(sin.dtype))
+        return self.linear_2(F.silu(self.linear_1(sin)))
+
+
+class UNet(nn.Module):
+    """The denoiser of Stable Diffusion 1.x and 2.x (`UNet2DConditionModel`), from its published config dict.
+
+    A student is the same network with `class_embed_type="timestep"`, its embedding of the target time, and with
+    `time_cond_proj_dim`, its embedding of the guidance scale.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        channels = config["block_out_channels"]
+        levels, c_emb = len(channels), 4 * channels[0]
+        heads = per_level(config.get("num_attention_heads") or config["attention_head_dim"], levels)  # the published name lies
+        depth = per_level(config.get("transformer_layers_per_block", 1), levels)
+        layers, groups, eps = config["layers_per_block"], config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
+        linear = config.get("use_linear_projection", False)
+        for key, *values in (("act_fn", "silu"), ("downsample_padding", 1), ("center_input_sample", False),
+                             ("mid_block_scale_factor", 1), ("dual_cross_attention", False), ("num_class_embeds", None),
+                             ("only_cross_attention", False), ("upcast_attention", False), ("addition_embed_type", None),
+                             ("resnet_time_scale_shift", "default"), ("class_embed_type", None, "timestep"),
+                             ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("encoder_hid_dim_type", None)):
+            supported(key, config.get(key, values[0]), *values)             # the first value is the default
+
+        def resnet(c_in, c_out):
+            return Resnet(c_in, c_out, c_emb, groups, eps)
+
+        def transformer(level):
+            return Transformer(channels[level], heads[level], config["cross_attention_dim"], groups, linear, depth[level])
+
+        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0], c_emb, config.get("time_cond_proj_dim"))
+        if config.get("class_embed_type"):
+            self.class_embedding = TimeEmbedding(channels[0], c_emb)
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skips, c = [channels[0]], channels[0]                               # channels of every skip connection
+        for level, kind in enumerate(config["down_block_types"]):
+            attend = supported("down_block_types", kind, "DownBlock2D", "CrossAttnDownBlock2D") != "DownBlock2D"
+            resnets = [resnet(c if j == 0 else channels[level], channels[level]) for j in range(layers)]
+            c, last = channels[level], level == levels - 1
+            self.down_blocks.append(Block(resnets, [transformer(level) for _ in range(layers)] if attend else (),
+                                          downsample=None if last else Conv(c, 2, 1)))
+            skips += [c] * (layers if last else layers + 1)
+
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [transformer(-1)])
+
+        for level, kind in zip(reversed(range(levels)), config["up_block_types"]):
+            attend = supported("up_block_types", kind, "UpBlock2D", "CrossAttnUpBlock2D") != "UpBlock2D"
+            resnets = []
+            for _ in range(layers + 1):
+                resnets.append(resnet(c + skips.pop(), channels[level]))
+                c = channels[level]
+            self.up_blocks.append(Block(resnets, [transformer(level) for _ in resnets] if attend else (),
+                                        upsample=Conv(c, 1, 1) if level > 0 else None))
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
+        self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
+
+    def forward(self, x, t, text=None, target=None, guidance=None):
+        """Raw output (B, out, h, w), float32, for x (B, in, h, w) at timestep index t (B,).
+
+        text: (B, L, D). target: (B,), the time a student shall predict; guidance: (B,), its guidance scale w.
+        The last norm and convolution run in their own dtype, float32, under any autocast (see clean_prediction).
+        """
+        size, flip, shift = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
+        if guidance is not None:
+            guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
+        emb = self.time_embedding(sinusoid(t, size, flip=flip, shift=shift), guidance)          # (B, 4 * size)
+        if target is not None:
+            emb = emb + self.class_embedding(sinusoid(target, size, flip=flip, shift=shift))
+
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            for j, resnet in enumerate(block.resnets):
+                x = resnet(x, emb)
+                if hasattr(block, "attentions"):
+                    x = block.attentions[j](x, text)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        x = self.mid_block.resnets[0](x, emb)
+        x = self.mid_block.attentions[0](x, text)
+        x = self.mid_block.resnets[1](x, emb)
+
+        for block in self.up_blocks:
+            for j, resnet in enumerate(block.resnets):
+                x = resnet(torch.cat([x, skips.pop()], 1), emb)
+                if hasattr(block, "attentions"):
+                    x = block.attentions[j](x, text)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](upsample(x, skips[-1].shape[2:]))
+
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv_out(F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype))))
+
+
+class VAEAttention(nn.Module):
+    """The VAE's one attention: a single head over all channels, with its own norm and biases."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + rearrange(self.to_out[0](h), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class VAE(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, 4, h, w) and back (`AutoencoderKL`), from its published config."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        self.scale = config.get("scaling_factor", 0.18215)
+        channels, layers, groups = config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32)
+        c_latent, levels = config["latent_channels"], len(channels)
+        supported("act_fn", config.get("act_fn", "silu"), "silu")
+        supported("shift_factor", config.get("shift_factor"), None)
+        for kind in config["down_block_types"] + config["up_block_types"]:
+            supported("block types", kind, "DownEncoderBlock2D", "UpDecoderBlock2D")
+
+        def resnets(c_in, c_out, n):
+            return [Resnet(c_in if j == 0 else c_out, c_out, None, groups, 1e-6) for j in range(n)]
+
+        self.encoder, self.decoder = nn.Module(), nn.Module()
+        self.encoder.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        self.encoder.down_blocks = nn.ModuleList(
+            Block(resnets(channels[max(k - 1, 0)], channels[k], layers), downsample=Conv(channels[k], 2, 0) if k < levels - 1 else None)
+            for k in range(levels))
+        self.decoder.conv_in = nn.Conv2d(c_latent, channels[-1], 3, padding=1)
+        self.decoder.up_blocks = nn.ModuleList(
+            Block(resnets(channels[min(k + 1, levels - 1)], channels[k], layers + 1), upsample=Conv(channels[k], 1, 1) if k > 0 else None)
+            for k in reversed(range(levels)))
+        for coder, c, c_out in ((self.encoder, channels[-1], 2 * c_latent), (self.decoder, channels[0], config["out_channels"])):
+            coder.mid_block = Block(resnets(channels[-1], channels[-1], 2), [VAEAttention(channels[-1], groups)])
+            coder.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
+            coder.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
+        self.post_quant_conv = nn.Conv2d(c_latent, c_latent, 1)
+
+    def middle(self, coder, x):
+        x = coder.mid_block.resnets[0](x)
+        x = coder.mid_block.attentions[0](x)
+        return coder.mid_block.resnets[1](x)
+
+    def moments(self, images):
+        """Mean and log-variance of the unscaled latents, each (B, 4, h, w)."""
+        x = self.encoder.conv_in(images)
+        for block in self.encoder.down_blocks:
+            for resnet in block.resnets:
+                x = resnet(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](F.pad(x, (0, 1, 0, 1)))           # right and bottom only: so it was trained
+        x = self.middle(self.encoder, x)
+        x = self.encoder.conv_out(F.silu(self.encoder.conv_norm_out(x)))
+        mean, logvar = self.quant_conv(x).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images):
+        """Scaled latents, the distribution's mean."""
+        return self.moments(images)[0] * self.scale
+
+    def decode(self, latents):
+        """Images, about [-1, 1], of scaled latents."""
+        x = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale)
+        x = self.middle(self.decoder, self.decoder.conv_in(x))
+        for block in self.decoder.up_blocks:
+            for resnet in block.resnets:
+                x = resnet(x)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](upsample(x, [2 * n for n in x.shape[2:]]))
+        return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
+
+
+class TextLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        self.heads = config["num_attention_heads"]
+        self.act = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[
+            supported("hidden_act", config.get("hidden_act", "quick_gelu"), "gelu", "quick_gelu")]
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config["intermediate_size"]), "fc2": nn.Linear(config["intermediate_size"], width)})
+
+    def forward(self, x):
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (rearrange(attn[f"{name}_proj"](h), "b n (h d) -> b h n d", h=self.heads) for name in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attn["out_proj"](rearrange(h, "b h n d -> b n (h d)"))
+        return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer (`CLIPTextModel`), from its published config: token ids (B, 77) -> hidden states (B, 77, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        width = config["hidden_size"]
+        model = self.text_model = nn.Module()
+        model.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(config["vocab_size"], width),
+            "position_embedding": nn.Embedding(config["max_position_embeddings"], width)})
+        model.encoder = nn.ModuleDict({"layers": nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))})
+        model.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
+
+    def forward(self, ids):
+        embeddings = self.text_model.embeddings
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]
+        for layer in self.text_model.encoder["layers"]:
+            x = layer(x)
+        return self.text_model.final_layer_norm(x)

@@ -1,0 +1,444 @@
+"""From a name or a folder to a frozen teacher: configs, weights, tokenizer, guidance, decoding; and students on disk.
+
+    teacher = load_teacher("tiny")
+    cond = teacher.encode(["a red ankle boot on a yellow background"])
+    f = teacher.denoise(x_t, t, cond, w=3.0)                the clean prediction that BOOT learns from
+    images = teacher.decode(f)
+
+    student = load_student("runs/tiny")
+    images = student.teacher.decode(student(eps, 0, cond))
+"""
+
+import hashlib
+import heapq
+import json
+import os
+import re
+import sys
+import unicodedata
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import VAE, TextEncoder, UNet
+from signal_ode import Schedule, clean_prediction, guide, student_signal
+
+TINY = Path(__file__).parent / "tiny"
+NAMED = {"tiny": TINY}
+
+
+class BadInput(ValueError):
+    """Something the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
+
+
+def command(main):
+    """Run a command's main(): a BadInput is one line and exit code 2, a warning is one line."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+def pick_device(name=None):
+    """The torch device of a --device option; None is CUDA where there is one, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} is not available here ({str(error).splitlines()[0]}): try cpu") from None
+    return device
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} can't be read as JSON: {error}") from None
+
+
+def write_file(path, write):
+    """Call write(temporary path), flush it to disk and rename: a crash at any moment leaves the previous file whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        try:
+            temporary.unlink(missing_ok=True)                               # a full disk gets its space back
+        except OSError:
+            pass
+        raise BadInput(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def write_json(path, value):
+    write_file(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def read_tensors(path, device="cpu", dtype=None):
+    """({name: tensor}, metadata) of a safetensors file, floats cast to dtype one at a time on their way to the device."""
+    def cast(tensor):
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: cast(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        pickled = [p.name for p in Path(path).parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
+        raise BadInput(f"{path} is missing{refused}") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention before diffusers 0.12
+
+
+def modern(name):
+    parts = name.rsplit(".", 2)
+    return ".".join([parts[0], OLD_NAMES.get(parts[1], parts[1]), parts[2]]) if ".attentions." in name else name
+
+
+def build(network, config, tensors, where):
+    """network(config) with exactly these weights: on the meta device first, so that no weight is made twice."""
+    try:
+        with torch.device("meta"):
+            module = network(config)
+    except KeyError as error:
+        raise BadInput(f"{where}: the config has no {error}") from None
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
+    tensors = {modern(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}   # not a weight
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = ([f"missing {n}" for n in expected if n not in shapes] + [f"unexpected {n}" for n in shapes if n not in expected]
+             + [f"{n} is {shapes[n]}, not {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]])
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise BadInput(f"{where} does not hold the weights its config describes: {'; '.join(wrong[:8])}{more}")
+    module.load_state_dict(tensors, assign=True)
+    if isinstance(module, UNet):                    # a rounded epsilon is divided by alpha_T: these stay float32
+        module.conv_norm_out.float(), module.conv_out.float()
+    return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load_module(network, folder, device, dtype, name="diffusion_pytorch_model.safetensors"):
+    return build(network, read_json(folder / "config.json"), read_tensors(folder / name, device, dtype)[0], folder / name)
+
+
+# -------------------------------------------------------------------------------------------------------- tokenizer
+
+# The reference takes letters and numbers from Unicode 16, lower case from 17 and composition (NFC) from 9. These tables make
+# up the difference to the Unicode of Python 3.11; only characters younger than 2017 need them.
+def _table(pattern, codes):
+    return re.compile(pattern % re.sub(r"\w+", lambda code: rf"\U{int(code[0], 16):08x}", codes).replace(" ", ""))
+
+
+NEW_LETTER = _table("[%s]", "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 "
+    "11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 "
+    "13460-143fa 16100-1611d 16d40-16d6c 18cff 1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 "
+    "2ebf0-2ee5d 31350-323af")
+NEW_NUMBER = _table("[%s]", "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
+    "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa")
+NEW_LOWER = {code: code + 1 for code in (0x1c89, 0xa7cc, 0xa7ce, 0xa7d2, 0xa7d4, 0xa7da)} | {0xa7cb: 0x264, 0xa7dc: 0x19b}
+NEW_LOWER |= {code: code + 32 for code in range(0x10d50, 0x10d66)} | {code: code + 27 for code in range(0x16ea0, 0x16eb9)}
+OLD_RUN = _table("[^%s]+", "5c8-5c9 7fd 897-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa a82c 105c9-105e4 10d24-10f85 "
+    "11070 1133b 11382-113d0 1145e 11839-11a99 11d42-1612f 16d63-16ff1 1d127-1d128 1d250-1d281 1e08f-1e6f5")
+
+CHUNK = re.compile(r"[\S\x1c-\x1f]+")                   # Python counts 1c..1f as white space, the reference doesn't
+WORD = re.compile(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^a-z0-9]+")
+PIECE = re.compile(r"<\|(?:start|end)oftext\|>|" + WORD.pattern)
+# Merges are written in visible characters, one for each byte: a byte without a visible one gets one beyond Latin-1.
+VISIBLE = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161), 173])}
+
+
+def _normalize(text):
+    """Composed and lower-cased, each character by itself (str.lower would turn the Σ that ends a word into ς, not σ)."""
+    text = OLD_RUN.sub(lambda run: unicodedata.normalize("NFC", run[0]), text)
+    return text.translate(NEW_LOWER).replace("Σ", "σ").lower()
+
+
+def _kind(char):
+    """What WORD sees of a character beyond ASCII: a letter (z, which is in nothing that PIECE spells out), digit or sign."""
+    category = unicodedata.category(char)[0]
+    return "z" if category == "L" or NEW_LETTER.match(char) else "0" if category == "N" or NEW_NUMBER.match(char) else "!"
+
+
+def _any_of(texts):
+    """A pattern that splits at any of the texts, the longest first, and never if there are none."""
+    return re.compile("(%s)" % ("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"))
+
+
+def _merge(parts, rank):
+    """Byte-pair encoding: joins neighbours, the pair of lowest rank first, the leftmost first, until no pair has a rank.
+
+    A heap of candidates and linked neighbours, so that a word of n parts takes n log n steps however long it is.
+    """
+    before, after, heap = list(range(-1, len(parts))), list(range(1, len(parts) + 2)), []
+
+    def consider(i, j):
+        if i >= 0 and j < len(parts) and (pair := (parts[i], parts[j])) in rank:
+            heapq.heappush(heap, (rank[pair], i, j, pair))
+
+    for i in range(len(parts)):
+        consider(i, i + 1)
+    while heap:
+        _, i, j, pair = heapq.heappop(heap)
+        if (parts[i], parts[j]) == pair:                # else one of the two has been joined to another in the meantime
+            parts[i], parts[j] = "".join(pair), ""
+            after[i] = after[j]
+            before[after[j]] = i
+            consider(before[i], i)
+            consider(i, after[i])
+    return [part for part in parts if part]
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer: B prompts -> token ids (B, length), int64, the same as transformers' CLIPTokenizer gives.
+
+    A row is start, the prompt's tokens, end, padding. Special tokens written in a prompt count as such. A prompt that doesn't
+    fit is cut, with a warning that shows its text from the cut on. vocab: token -> id; merges: pairs of tokens, in order of
+    precedence; config: tokenizer_config.json updated with special_tokens_map.json.
+    """
+
+    def __init__(self, vocab, merges, config):
+        added = config.get("added_tokens_decoder", {})                          # id -> token, in newer folders
+        self.vocab = vocab | {token["content"]: int(i) for i, token in added.items()}
+        self.rank = {pair: rank for rank, pair in enumerate(merges)}
+        self.length = config.get("model_max_length", 77)
+        self.cache = {}                                                         # prompts repeat their words
+
+        named = [config.get("bos_token") or "<|startoftext|>"]
+        named += [config.get(name) or "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")]
+        named = [{"content": token} if isinstance(token, str) else token for token in named]
+        for text in [token["content"] for token in named] + ["".join(pair) for pair in merges]:
+            if text not in self.vocab:
+                raise ValueError(f"the tokenizer's files don't belong together: vocab.json has no {text!r}")
+        self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in named)
+
+        # A special token is looked for in the prompt as written or, if its entry says so, normalized: in any case.
+        normalized = {token["content"]: token.get("normalized", False) for token in added.values() or named}
+        self.written = {text: self.vocab[text] for text in normalized if not normalized[text]}
+        self.loose = {_normalize(text): self.vocab[text] for text in normalized if normalized[text]}
+        self.split_written, self.split_loose = _any_of(self.written), _any_of(self.loose)
+
+    @classmethod
+    def from_folder(cls, folder):
+        """From vocab.json, merges.txt, tokenizer_config.json and, if there, special_tokens_map.json, which wins (SD 2.1 pads
+        with "!"). Raises ValueError, one sentence with the file's name, if a file is missing or broken."""
+        def read(name, parse=json.loads):
+            try:
+                return parse((Path(folder) / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot read the tokenizer file {Path(folder) / name}: {error}") from error
+
+        config = read("tokenizer_config.json")
+        if "added_tokens_decoder" not in config and (Path(folder) / "special_tokens_map.json").exists():
+            config |= read("special_tokens_map.json")
+        lines = read("merges.txt", str.splitlines)
+        return cls(read("vocab.json"), [tuple(line.split()) for line in lines if line and line[:8] != "#version"], config)
+
+    def __call__(self, prompts):
+        rows = []
+        for prompt in prompts:
+            prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # lone surrogates -> U+FFFD
+            ids = [self.start]
+            for chunk in CHUNK.finditer(prompt):
+                ids += self.encode(chunk[0])
+                if len(ids) >= self.length:
+                    warnings.warn(f"prompt cut to {self.length} tokens, at: {prompt[chunk.start():]}", stacklevel=2)
+                    break
+            ids = ids[:self.length - 1] + [self.end]
+            rows.append(ids + [self.pad] * (self.length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)               # (B, length)
+
+    def encode(self, chunk):
+        """Token ids of text without white space: special tokens out, normalize, split into words, merge their bytes."""
+        if chunk in self.cache:
+            return self.cache[chunk]
+        ids = []
+        for written in self.split_written.split(chunk):
+            if written in self.written:
+                ids.append(self.written[written])
+                continue
+            for text in self.split_loose.split(_normalize(written)):
+                if text in self.loose:
+                    ids.append(self.loose[text])
+                    continue
+                shape = text.translate({ord(char): _kind(char) for char in set(text) if char > "\x7f"})
+                for piece in PIECE.finditer(shape):         # Splitting twice, as the reference does, shows only where
+                    for word in WORD.finditer(shape, *piece.span()):    # PIECE finds a special token not taken as one.
+                        parts = [chr(VISIBLE.get(byte, byte)) for byte in text[word.start():word.end()].encode()]
+                        parts[-1] += "</w>"
+                        ids += [self.vocab.get(part, self.unknown) for part in _merge(parts, self.rank)]
+        self.cache[chunk] = ids
+        return ids
+
+
+# ---------------------------------------------------------------------------------------------------------- teacher
+
+def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
+    """The frozen teacher of a name or of a folder in the diffusers layout. Raises BadInput, one sentence."""
+    folder = NAMED.get(str(spec), Path(spec))
+    if not folder.is_dir():
+        raise BadInput(f"teacher {str(spec)!r} is neither a name ({', '.join(NAMED)}) nor a folder")
+    return Teacher(folder, str(spec) if str(spec) in NAMED else str(folder.resolve()), device, dtype)
+
+
+class Teacher:
+    """A text-to-image latent diffusion model, frozen.
+
+    .schedule: Schedule. .shape: of one latent, (4, h, w). .spec: the name or folder that load_teacher takes again.
+    """
+
+    def __init__(self, folder, spec, device, dtype):
+        self.folder, self.spec, self.device = folder, spec, torch.device(device)
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        try:
+            self.schedule = Schedule(scheduler)
+        except ValueError as error:
+            raise BadInput(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from None
+        try:
+            self.tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        self.unet = load_module(UNet, folder / "unet", device, dtype)
+        self.vae = load_module(VAE, folder / "vae", device, dtype)
+        self.text_encoder = load_module(TextEncoder, folder / "text_encoder", device, dtype, "model.safetensors")
+        self.shape = (self.unet.config["in_channels"], *[self.unet.config["sample_size"]] * 2)
+        self.fingerprint = fingerprint(self.unet, scheduler)
+        self.uncond = self.encode([""])                                     # (1, 77, D), computed once
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Text embeddings (B, 77, D) of B prompts."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+    @torch.no_grad()
+    def denoise(self, x_t, t, cond, w=1.0, uncond=None):
+        """f_w(x_t, t), the clean prediction after guidance, float32 (B, 4, h, w).
+
+        t: int or (B,), 1..T. w: float or (B,); 1 is no guidance, and one pass instead of two. uncond: embeddings of a
+        negative prompt, (1, 77, D); None is the empty prompt.
+        """
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        if not torch.is_tensor(w) and w == 1:
+            return clean_prediction(self.unet(x_t, t - 1, cond), x_t, t, self.schedule)
+        uncond = (self.uncond if uncond is None else uncond).expand_as(cond)
+        out = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([cond, uncond]))
+        f_cond, f_uncond = (clean_prediction(o, x_t, t, self.schedule) for o in out.chunk(2))
+        return guide(f_cond, f_uncond, w)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Images (B, 3, H, W) in [-1, 1], float32."""
+        return self.vae.decode(latents.to(memory_format=torch.channels_last)).float().clamp(-1, 1)
+
+
+def fingerprint(unet, scheduler):
+    """A short hash that tells teachers apart, the same in half and full precision: configs and a sample of the weights."""
+    digest = hashlib.sha256(json.dumps([unet.config, scheduler], sort_keys=True).encode())
+    for p in (unet.conv_in.weight, unet.time_embedding.linear_1.weight, unet.conv_out.weight):
+        digest.update(p.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def noise(seeds, shape):
+    """eps (B, *shape), every sample from a generator of its own: the same in any batch, on any device count."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def to_pil(images):
+    """Images (B, 3, H, W) in [-1, 1] to a list of B PIL images."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def grid(rows):
+    """One PIL image of rows of equally large PIL images."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * width, y * height))
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------- student
+
+class Student:
+    """g(eps, t): the trained network and what it needs to be called; `guidance` is a scale w, or a range (lo, hi)."""
+
+    def __init__(self, network, teacher, input_time, guidance):
+        self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
+
+    def __call__(self, eps, t, cond, w=None):
+        """The signal y_t (B, 4, h, w) of noise eps at target times t, int or (B,), 0..T; t = 0 is the clean sample.
+
+        w: float or (B,), for a student trained on a range of guidance scales; one of fixed guidance takes none.
+        """
+        t = torch.as_tensor(t, device=eps.device).expand(len(eps))
+        w = torch.as_tensor(w, device=eps.device).expand(len(eps)) if isinstance(self.guidance, (list, tuple)) else None
+
+        def network(x_i, i, t):
+            index = torch.full((len(x_i),), i - 1, device=x_i.device)
+            return self.network(x_i, index, cond, target=t, guidance=w)
+        return student_signal(network, eps, t, self.input_time, self.teacher.schedule)
+
+
+def new_student(teacher, input_time, guidance):
+    """A student that equals its teacher: f(sigma_i * eps, i) for every t and w. Float32, whatever the teacher's dtype.
+
+    Its embedding of the target time starts as the teacher's of time, with the last layer zero; that of w is zero.
+    """
+    ranged = isinstance(guidance, (list, tuple))
+    config = dict(teacher.unet.config, class_embed_type="timestep", time_cond_proj_dim=256 if ranged else None)
+    path = teacher.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, _ = read_tensors(path, teacher.device, torch.float32)
+    for layer in ("linear_1", "linear_2"):
+        for kind in ("weight", "bias"):
+            value = tensors[f"time_embedding.{layer}.{kind}"]
+            tensors[f"class_embedding.{layer}.{kind}"] = value.clone() if layer == "linear_1" else torch.zeros_like(value)
+    if ranged:
+        tensors["time_embedding.cond_proj.weight"] = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
+    return Student(build(UNet, config, tensors, path), teacher, input_time, guidance)
+
+
+def save_student(folder, student, tensors=None, dtype=torch.float32):
+    """Write a student, or `tensors` in its place (their average, say): config.json and weights that diffusers opens as
+    they are, and student.json, what this code needs to call it."""
+    folder = Path(folder)
+    state = student.network.state_dict() if tensors is None else tensors
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    write_json(folder / "config.json", student.network.config)
+    write_json(folder / "student.json", {"teacher": student.teacher.spec, "fingerprint": student.teacher.fingerprint,
+                                         "input_time": student.input_time, "guidance": student.guidance})
+    write_file(folder / "diffusion_pytorch_model.safetensors", lambda p: save_file(state, p, {"format": "pt"}))
+
+
+def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
+    """The student in a folder, or in its `student/` as train.py leaves it; `teacher` replaces the one it names.
+
+    Raises BadInput if the folder holds no student, or one of another teacher.
+    """
+    folder = Path(folder)
+    folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
+    if not (folder / "student.json").exists():
+        raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
+    info = read_json(folder / "student.json")
+    teacher = load_teacher(info["teacher"] if teacher is None else teacher, device, dtype) if not isinstance(teacher, Teacher) else teacher
+    if info["fingerprint"] != teacher.fingerprint:
+        raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: fingerprint "
+                       f"{info['fingerprint']}, not {teacher.fingerprint}")
+    return Student(load_module(UNet, folder, device, dtype), teacher, info["input_time"], info["guidance"])

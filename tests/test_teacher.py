@@ -1,0 +1,160 @@
+"""Loading, guidance and the untrained student, on the embedded teacher's trained weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import UNet
+from teacher import TINY, BadInput, load_student, load_teacher, new_student, noise, read_tensors, save_student, write_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A private copy of the embedded teacher."""
+    return shutil.copytree(TINY, tmp_path / "teacher", ignore=shutil.ignore_patterns("judge", "student", "evaluation"))
+
+
+def test_teacher_is_frozen_float32_and_deterministic(tiny):
+    assert tiny.shape == (4, 8, 8) and not any(p.requires_grad for p in tiny.unet.parameters())
+    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    assert torch.equal(tiny.denoise(eps, 1000, cond, 3.0), tiny.denoise(eps, torch.tensor([1000, 1000]), cond, torch.tensor([3.0, 3.0])))
+    assert tiny.decode(eps).shape == (2, 3, 32, 32)
+
+
+def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):
+    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    one, zero = tiny.denoise(eps, 700, cond), tiny.denoise(eps, 700, tiny.uncond.expand_as(cond))
+    assert torch.allclose(tiny.denoise(eps, 700, cond, 4.0), zero + 4 * (one - zero), atol=1e-4)
+    w = torch.tensor([1.0, 4.0])
+    assert torch.allclose(tiny.denoise(eps, 700, cond, w)[0], one[0], atol=1e-5)
+
+
+def test_negative_prompt_replaces_the_empty_one(tiny):
+    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    assert torch.allclose(tiny.denoise(eps, 700, cond, 4.0, uncond=tiny.encode(PROMPTS[:1]))[0], tiny.denoise(eps, 700, cond)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [3.0, [1.0, 8.0]])
+@pytest.mark.parametrize("i", [1, 400, 1000])
+def test_student_equals_teacher_before_training(tiny, i, guidance):
+    student, cond = new_student(tiny, i, guidance), tiny.encode(PROMPTS)
+    eps = noise([0, 1], tiny.shape)
+    with torch.no_grad():
+        expected = tiny.denoise(tiny.schedule.sigma(i).float() * eps, i, cond)
+        for t in (0, 1, 137, 1000, torch.tensor([3, 999])):
+            for w in (1.0, 2.5, 8.0):
+                assert torch.equal(student(eps, t, cond, w), expected)
+
+
+def test_new_embeddings_learn(tiny):
+    """The zero layers get a gradient, so that the student can leave its teacher."""
+    student, cond = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS)
+    student.network.requires_grad_(True)
+    student(noise([0, 1], tiny.shape), torch.tensor([0, 500]), cond, torch.tensor([1.0, 5.0])).square().sum().backward()
+    for p in (student.network.class_embedding.linear_2.weight, student.network.time_embedding.cond_proj.weight):
+        assert p.grad.abs().max() > 0
+
+
+def test_saved_student_is_the_same_student(tiny, tmp_path):
+    student, cond, eps = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
+    for p in student.network.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    save_student(tmp_path / "student", student)
+    loaded = load_student(tmp_path)
+    assert loaded.input_time == 400 and loaded.guidance == [1.0, 8.0]
+    with torch.no_grad():
+        assert torch.equal(loaded(eps, 0, cond, 3.0), student(eps, 0, cond, 3.0))
+
+
+def test_student_of_another_teacher_is_refused(tiny, copy, tmp_path):
+    weights = load_file(copy / "unet" / WEIGHTS)
+    weights["conv_in.weight"] += 1
+    save_file(weights, copy / "unet" / WEIGHTS)
+    save_student(tmp_path / "student", new_student(load_teacher(copy), 400, 3.0))
+    with pytest.raises(BadInput, match="made for another teacher than tiny"):
+        load_student(tmp_path, "tiny")
+
+
+def test_full_and_half_precision_copies_are_one_teacher(tiny, copy):
+    weights = load_file(copy / "unet" / WEIGHTS)
+    save_file({k: v.float() for k, v in weights.items()}, copy / "unet" / WEIGHTS)
+    assert load_teacher(copy).fingerprint == tiny.fingerprint
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("conv_in.bias"), "missing conv_in.bias"),
+    (lambda w: w.update(extra=torch.zeros(1)), "unexpected extra"),
+    (lambda w: w.update({"conv_in.bias": torch.zeros(3)}), r"conv_in.bias is \(3,\), not \(64,\)")])
+def test_weights_that_do_not_fit_are_named(copy, change, message):
+    weights = load_file(copy / "unet" / WEIGHTS)
+    change(weights)
+    save_file(weights, copy / "unet" / WEIGHTS)
+    with pytest.raises(BadInput, match=message):
+        load_teacher(copy)
+
+
+def test_truncated_weights_are_named(copy):
+    path = copy / "vae" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(BadInput, match="vae.*is not a whole safetensors file"):
+        load_teacher(copy)
+
+
+def test_pickled_weights_are_refused(copy):
+    (copy / "unet" / WEIGHTS).unlink()
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(BadInput, match="diffusion_pytorch_model.bin is a pickle"):
+        load_teacher(copy)
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("unet", "act_fn", "mish"), ("unet", "class_embed_type", "projection"), ("unet", "down_block_types", ["SimpleCrossAttnDownBlock2D"] * 2),
+    ("vae", "act_fn", "mish"), ("text_encoder", "hidden_act", "relu")])
+def test_unsupported_config_names_key_and_value(copy, part, key, value):
+    path = copy / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(BadInput, match=f"{key} = '{value[0] if isinstance(value, list) else value}' is not supported"):
+        load_teacher(copy)
+
+
+def test_old_attention_names_load(tiny, copy):
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(copy / "vae" / WEIGHTS)
+    for modern, old in new.items():
+        weights = {k.replace(f"attentions.0.{modern}", f"attentions.0.{old}"): v for k, v in weights.items()}
+    assert any("query" in k for k in weights)
+    save_file(weights, copy / "vae" / WEIGHTS)
+    eps = noise([0], tiny.shape)
+    assert torch.equal(load_teacher(copy).decode(eps), tiny.decode(eps))
+
+
+def test_bfloat16_teacher_predicts_in_float32(tiny):
+    rough = load_teacher("tiny", dtype=torch.bfloat16)
+    assert rough.unet.conv_out.weight.dtype == torch.float32 and rough.unet.conv_in.weight.dtype == torch.bfloat16
+    eps = noise(range(64), tiny.shape)
+    f, exact = rough.denoise(eps, 1000, rough.encode(PROMPTS[:1] * 64)), tiny.denoise(eps, 1000, tiny.encode(PROMPTS[:1] * 64))
+    assert f.dtype == torch.float32 and 0 < (f - exact).square().mean().sqrt() < 0.1
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(BadInput, match="No space left on device"):
+        write_file(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_five_files_import_no_reference_library():
+    for name in ("signal_ode", "model", "teacher", "train", "sample"):
+        source = (TINY.parent / f"{name}.py").read_text()
+        assert "import diffusers" not in source and "from diffusers" not in source and "transformers import" not in source

@@ -1,0 +1,278 @@
+"""Train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST, and everything under tiny/ but the student.
+
+    apt-get install dataset-fashion-mnist
+    python -m tools.train_tiny                      all stages; the same command resumes
+    python -m tools.train_tiny --stages unet        one of them again: tokenizer, vae, judge, unet
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from model import VAE, TextEncoder, UNet
+from signal_ode import Schedule, noisy
+from teacher import VISIBLE, Tokenizer, write_json
+from tools.judge import Judge, article, load_judge, prompt
+
+GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+COLOURS = {"red": (217, 38, 38), "orange": (245, 140, 25), "yellow": (247, 221, 55), "green": (46, 160, 67), "blue": (45, 90, 220),
+           "purple": (130, 60, 175), "pink": (245, 150, 190), "white": (244, 244, 244)}
+PAIRS = list(itertools.permutations(range(len(COLOURS)), 2))                # garment colour, background colour: never equal
+COMBINATIONS = [(g, *pair) for g in range(len(GARMENTS)) for pair in PAIRS]
+HELD_OUT = set(random.Random(0).sample(COMBINATIONS, len(COMBINATIONS) // 10))              # never trained on
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+             "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0,
+             "timestep_spacing": "trailing", "trained_betas": None}
+VAE_CONFIG = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64], "layers_per_block": 1,
+              "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3,
+              "out_channels": 3, "latent_channels": 4, "norm_num_groups": 8, "sample_size": 32}
+TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu", "hidden_size": 64,
+               "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 77,
+               "layer_norm_eps": 1e-5, "projection_dim": 64, "pad_token_id": 0}
+UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": [2, 3], "block_out_channels": [64, 96],
+               "cross_attention_dim": 64, "down_block_types": ["CrossAttnDownBlock2D"] * 2, "flip_sin_to_cos": True, "freq_shift": 0,
+               "up_block_types": ["CrossAttnUpBlock2D"] * 2, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+               "norm_eps": 1e-5, "norm_num_groups": 16, "sample_size": 8, "use_linear_projection": True}
+MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
+               "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
+               "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+               "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+               "vae": ["diffusers", "AutoencoderKL"]}
+
+
+def read_split(folder, split):
+    """Fashion-MNIST from its idx files: garments (N, 32, 32) float in [0, 1], labels (N,)."""
+    def read(kind, header):
+        with gzip.open(Path(folder) / f"{split}-{kind}-ubyte.gz") as file:
+            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
+    return F.pad(read("images-idx3", 16).view(-1, 28, 28).float() / 255, (2, 2, 2, 2)), read("labels-idx1", 8).long()
+
+
+def tint(garments, colour, background):
+    """Images (B, 3, 32, 32) in [-1, 1]: the garment's light and shade in one colour, before a plain background."""
+    palette = torch.tensor(list(COLOURS.values())) / 255
+    value, cover = garments[:, None], (8 * garments[:, None]).clamp(max=1)
+    cloth = palette[colour][:, :, None, None] * (0.25 + 0.75 * value)
+    return 2 * torch.lerp(palette[background][:, :, None, None].expand_as(cloth), cloth, cover) - 1
+
+
+def draw_batch(split, batch, rng, combinations):
+    """A batch of tinted images and their (garment, colour, background), labels (B, 3)."""
+    garments, labels = split
+    index = torch.randint(len(garments), (batch,), generator=rng)
+    pairs = [[c[1:] for c in combinations if c[0] == g] for g in range(len(GARMENTS))]
+    choice = torch.rand(batch, generator=rng).tolist()
+    pair = torch.tensor([pairs[g][int(u * len(pairs[g]))] for g, u in zip(labels[index].tolist(), choice)])
+    return tint(garments[index], *pair.T), torch.cat([labels[index, None], pair], 1)
+
+
+def captions(labels, rng):
+    """One of three phrasings for each image, and none for a tenth of them: what guidance is trained on."""
+    texts, colours = [], list(COLOURS)
+    for (g, c, b), u in zip(labels.tolist(), torch.rand(len(labels), generator=rng).tolist()):
+        garment, colour, background = GARMENTS[g], colours[c], colours[b]
+        texts.append("" if u < 0.1 else phrasings(garment, colour, background)[0 if u < 0.7 else 1 if u < 0.85 else 2])
+    return texts
+
+
+def phrasings(garment, colour, background):
+    return (prompt(garment, colour, background), f"{colour} {garment}, {background} background", f"{article(garment)} in {colour} on {background}")
+
+
+def fit(name, modules, loss, args, steps, lr, batch):
+    """Minimise loss(step generator) over the modules' parameters: AdamW, warm-up, cosine to zero; returns their average.
+
+    Resumes from WORK/NAME.pt. The batch of a step depends on (seed, step) alone, so an interrupted run ends as another.
+    """
+    path, start = args.work / f"{name}.pt", 0
+    params = [p for m in modules for p in m.parameters()]
+    average = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = lambda k: min((k + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * k / steps))
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        start = state["step"]
+        for p, a, saved, saved_average in zip(params, average, state["params"], state["average"]):
+            p.data.copy_(saved), a.copy_(saved_average)
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"{name}: resuming at step {start} of {steps}")
+    began, bar = time.time(), tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)
+    for step in bar:
+        rng = torch.Generator().manual_seed(args.seed * 10**9 + step)
+        value = loss(rng, batch)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.param_groups[0]["lr"] = lr * schedule(step)
+        optimizer.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+            with open(args.work / f"{name}.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "loss": value.item(), "seconds": round(time.time() - began, 1)}) + "\n")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            torch.save({"step": step + 1, "params": [p.detach() for p in params], "average": average,
+                        "optimizer": optimizer.state_dict()}, f"{path}.new")
+            os.replace(f"{path}.new", path)
+    for p, a in zip(params, average):
+        p.data.copy_(a)
+
+
+def save(folder, module, config, name="diffusion_pytorch_model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    save_file({k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}, folder / name, {"format": "pt"})
+
+
+def make_tokenizer(args):
+    """CLIP's byte-pair algorithm, learned until every word of the captions is one token."""
+    words = sorted({word for combination in COMBINATIONS for text in phrasings(*names(combination)) for word in text.replace(",", " ,").split()})
+    splits = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isalpha()}
+    splits |= {part: [*part[:-1], part[-1] + "</w>"] for word in words if "-" in word for part in word.split("-")}
+    merges = []
+    while pairs := [pair for split in splits.values() for pair in zip(split, split[1:])]:
+        best = max(sorted(set(pairs)), key=pairs.count)
+        merges.append(best)
+        for word, split in splits.items():
+            merged = []
+            for symbol in split:
+                if merged and (merged[-1], symbol) == best:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            splits[word] = merged
+    symbols = sorted(chr(VISIBLE.get(byte, byte)) for byte in range(256))
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    folder = args.out / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!", "unk_token": "<|endoftext|>"}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
+    write_json(args.out / "model_index.json", MODEL_INDEX)
+    (args.out / "scheduler").mkdir(exist_ok=True)
+    write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    seen = [text for c in COMBINATIONS if c not in HELD_OUT for text in phrasings(*names(c))]
+    (args.out / "prompts.txt").write_text("\n".join(seen) + "\n")
+
+
+def names(combination):
+    g, c, b = combination
+    return GARMENTS[g], list(COLOURS)[c], list(COLOURS)[b]
+
+
+def train_vae(args, train):
+    """Reconstruction in L1 and L2, and enough KL that the decoder forgives small errors of a latent."""
+    torch.manual_seed(args.seed)
+    vae = VAE(VAE_CONFIG)
+
+    def loss(rng, batch):
+        images, _ = draw_batch(train, batch, rng, COMBINATIONS)
+        mean, logvar = vae.moments(images)
+        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng)
+        error = vae.decode(latents * vae.scale) - images
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + error.square().mean() + 1e-3 * kl
+
+    fit("vae", [vae], loss, args, args.vae_steps, 2e-3, 32)
+    with torch.no_grad():
+        mean, _ = vae.moments(draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)[0])
+    save(args.out / "vae", vae, dict(VAE_CONFIG, scaling_factor=round(1 / mean.std().item(), 5)))
+
+
+def train_judge(args, train):
+    torch.manual_seed(args.seed)
+    judge = Judge(len(GARMENTS), len(COLOURS))
+
+    def loss(rng, batch):
+        images, labels = draw_batch(train, batch, rng, COMBINATIONS)
+        return sum(F.cross_entropy(logits, label) for logits, label in zip(judge.answers(judge(images)), labels.T))
+
+    fit("judge", [judge], loss, args, args.judge_steps, 2e-3, 64)
+    save(args.out / "judge", judge, {"garments": GARMENTS, "colours": list(COLOURS), "held_out": [names(c) for c in sorted(HELD_OUT)]}, "judge.safetensors")
+
+
+def measure_reference(args, test):
+    """The judge on the real test split, every picture in a random tint: 5,000 features, and its own accuracy."""
+    judge, config, _ = load_judge(args.out / "judge")
+    rng = torch.Generator().manual_seed(args.seed)
+    pair = torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[0]),), generator=rng)]
+    labels, features = torch.cat([test[1][:, None], pair], 1), []
+    with torch.no_grad():
+        for k in range(0, len(pair), 500):
+            features.append(judge(tint(test[0][k:k + 500], *pair[k:k + 500].T)))
+        features = torch.cat(features)
+        right = torch.stack([logits.argmax(1) == label for logits, label in zip(judge.answers(features), labels.T)], 1)
+    accuracy = dict(zip(("garment", "colour", "background", "all"), [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]))
+    write_json(args.out / "judge" / "config.json", dict(config, accuracy=accuracy))
+    save_file({"features": features[torch.randperm(len(features), generator=rng)[:5000]].half()}, args.out / "judge" / "reference.safetensors")
+    print("judge on the real test split:", accuracy)
+
+
+def train_unet(args, train):
+    """Denoising of latents, epsilon prediction; the text encoder learns along."""
+    torch.manual_seed(args.seed)
+    tokenizer, schedule = Tokenizer.from_folder(args.out / "tokenizer"), Schedule(SCHEDULER)
+    vae = VAE(json.loads((args.out / "vae" / "config.json").read_text())).requires_grad_(False)
+    vae.load_state_dict({k: v.float() for k, v in load_file(args.out / "vae" / "diffusion_pytorch_model.safetensors").items()})
+    vocabulary = json.loads((args.out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    text_config = dict(TEXT_CONFIG, vocab_size=len(vocabulary), bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"])
+    unet, text_encoder = UNet(UNET_CONFIG).to(memory_format=torch.channels_last), TextEncoder(text_config)
+    seen = [c for c in COMBINATIONS if c not in HELD_OUT]
+
+    def loss(rng, batch):
+        images, labels = draw_batch(train, batch, rng, seen)
+        with torch.no_grad():
+            x_0 = vae.encode(images)
+        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng)
+        eps = torch.randn(x_0.shape, generator=rng)
+        text = text_encoder(tokenizer(captions(labels, rng)))
+        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), t - 1, text), eps)
+
+    fit("unet", [unet, text_encoder], loss, args, args.unet_steps, 1e-3, 64)
+    save(args.out / "unet", unet, UNET_CONFIG)
+    save(args.out / "text_encoder", text_encoder, text_config, "model.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="the teacher's folder")
+    parser.add_argument("--work", type=Path, default=Path("runs/train_tiny"), help="checkpoints and logs; delete to start anew")
+    parser.add_argument("--stages", nargs="+", default=["tokenizer", "vae", "judge", "unet"], choices=["tokenizer", "vae", "judge", "unet"])
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--judge-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    train = read_split(args.data, "train")
+    for stage in args.stages:
+        if stage == "tokenizer":
+            make_tokenizer(args)
+        if stage == "vae":
+            train_vae(args, train)
+        if stage == "judge":
+            train_judge(args, train)
+            measure_reference(args, read_split(args.data, "t10k"))
+        if stage == "unet":
+            train_unet(args, train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Distil a diffusion teacher into a one-step student with BOOT: no images, only noise and prompts.
+
+    python train.py                                             the embedded teacher on a laptop, minutes
+    python train.py --teacher FOLDER --out runs/mine            one GPU, or the CPU where there is none
+    torchrun --nproc_per_node=8 train.py --teacher FOLDER       eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --teacher FOLDER
+
+The same command again resumes. Ctrl-C saves and stops.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from signal_ode import bootstrap_loss, boundary_loss, solve
+from teacher import (BadInput, command, grid, load_teacher, new_student, noise, pick_device, read_json, read_tensors, save_student, to_pil,
+                     write_file, write_json)
+
+BINS = 4                                                                    # the bootstrap loss is logged by quarter of the time
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    g = p.add_argument_group("what")
+    g.add_argument("--teacher", default="tiny", help="tiny, or a folder in the diffusers layout")
+    g.add_argument("--out", type=Path, help="where everything goes; the same command resumes from it (default runs/TEACHER)")
+    g.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: the teacher's own prompts.txt)")
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--steps", type=int, default=700)
+    g.add_argument("--batch", type=int, default=64, help="total over all processes")
+    g.add_argument("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory (default: its whole share)")
+    g.add_argument("--lr", type=float, default=5e-4, help="peak; 1e-5 to 1e-4 for Stable Diffusion")
+    g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    g.add_argument("--decay", type=float, default=0.6, help="last part of the run over which the rate falls linearly to zero; 0 keeps it constant")
+    g.add_argument("--ema", type=float, default=0.99, help="decay of the averaged weights, which are the student; 0.9999 for runs of 100,000 steps")
+    g = p.add_argument_group("method")
+    g.add_argument("--guidance", default="3", help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range")
+    g.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    g.add_argument("--input-time", type=int, default=400, help="time at which the student's input is read, 1..T; the paper has T")
+    g.add_argument("--num-steps", type=int, default=25, help="K: a bootstrap step spans delta = T / K")
+    g.add_argument("--solver", choices=["euler", "heun"], default="euler", help="heun: a better target from a second teacher call")
+    g.add_argument("--boundary-weight", type=float, default=1.0, help="beta; without it (0) nothing holds the noise end")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    g.add_argument("--precision", choices=["fp32", "bf16"], help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
+    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    g.add_argument("--sample-every", type=int, default=100, help="steps between pictures")
+    g.add_argument("--dry-run", action="store_true", help="load and check everything, print the plan, train nothing")
+    args = p.parse_args()
+    args.out = args.out or Path("runs") / Path(args.teacher).name
+    try:
+        lo_hi = [float(w) for w in args.guidance.split(":")]
+    except ValueError:
+        lo_hi = []
+    if not (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1]):
+        p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
+    args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
+    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
+                            ("decay", 0, 1), ("ema", 0, 1), ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf), ("sample_every", 1, math.inf)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            p.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
+    return args
+
+
+def read_prompts(path):
+    """The lines of a prompt file that hold something."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not prompts:
+        raise BadInput(f"{path} holds no prompt; it takes one a line")
+    return prompts
+
+
+def draw(seed, step, indices, shape, T, num_prompts, guidance):
+    """Noise, time, prompt and guidance of samples `indices` of a step, each a pure function of (seed, step, index).
+
+    So a run depends neither on the number of processes nor on where it was interrupted. Returns eps (B, *shape), t (B,)
+    uniform on 1..T, prompt indices (B,), w (B,).
+    """
+    eps, t, prompt, w = [], [], [], []
+    lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
+    for i in indices:
+        digest = hashlib.blake2b(f"{seed} {step} {i}".encode(), digest_size=8).digest()
+        rng = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        eps.append(torch.randn(shape, generator=rng))
+        t.append(torch.randint(1, T + 1, (), generator=rng))
+        prompt.append(torch.randint(num_prompts, (), generator=rng))
+        w.append(lo + (hi - lo) * torch.rand((), generator=rng))
+    return torch.stack(eps), torch.stack(t), torch.stack(prompt), torch.stack(w)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, constant, linear decay to zero over the last part."""
+    tail = (args.steps - step) / (args.decay * args.steps) if args.decay else 1.0
+    return args.lr * min(1.0, (step + 1) / max(args.warmup, 1), tail)
+
+
+def save_state(path, network, average, optimizer, step):
+    """All that resume needs, in one file: weights, their average, Adam's moments. No generator: see draw()."""
+    tensors = {}
+    for (name, p), a in zip(network.named_parameters(), average):
+        moments = optimizer.state.get(p, {})
+        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a}
+        tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+    tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
+    write_file(path, lambda p: save_file(tensors, p, {"step": str(step)}))
+
+
+def load_state(path, network, average, optimizer):
+    """Restore save_state's file in place and return its step."""
+    tensors, metadata = read_tensors(path)
+    try:
+        step = int(metadata["step"])
+        with torch.no_grad():
+            for (name, p), a in zip(network.named_parameters(), average):
+                p.copy_(tensors[f"weight.{name}"]), a.copy_(tensors[f"average.{name}"])
+                if step:
+                    optimizer.state[p] = {"step": torch.tensor(float(step))} | {
+                        key: torch.empty_like(p).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+    except (KeyError, RuntimeError) as error:
+        raise BadInput(f"{path} is not this run's checkpoint ({error}); move it away to start anew") from None
+    return step
+
+
+def check_config(path, config):
+    """config.json of an earlier run of this --out must say the same, but for what may change between two stretches."""
+    free = {"steps", "micro_batch", "device", "save_every", "sample_every"}
+    if path.exists():
+        old = read_json(path)
+        differ = [f"{k} {old.get(k)} there, {config[k]} here" for k in config if k not in free and old.get(k) != config[k]]
+        if differ:
+            raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
+
+
+def main():
+    args = parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+    if args.batch % world:
+        raise BadInput(f"--batch {args.batch} does not divide over {world} processes")
+    share = args.batch // world
+    micro = args.micro_batch or share
+    if share % micro:
+        raise BadInput(f"--micro-batch {micro} does not divide {share}, each process's share of --batch")
+
+    teacher = load_teacher(args.teacher, device, dtype)
+    schedule = teacher.schedule
+    if not 1 <= args.input_time <= schedule.T:
+        raise BadInput(f"--input-time {args.input_time} is not supported: 1 to {schedule.T}")
+    if not 1 <= args.num_steps <= schedule.T:
+        raise BadInput(f"--num-steps {args.num_steps} is not supported: 1 to {schedule.T}")
+    prompts = read_prompts(args.prompts or teacher.folder / "prompts.txt")
+    uncond = teacher.encode([args.negative_prompt])
+    delta = round(schedule.T / args.num_steps)
+
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("dry_run", "out")}
+    config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
+               "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
+    check_config(args.out / "config.json", config)
+
+    student = new_student(teacher, args.input_time, args.guidance)
+    network = student.network.train().requires_grad_(True)
+    params = list(network.parameters())
+    average = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    state_file, start = args.out / "state" / "state.safetensors", 0
+    if state_file.exists():
+        start = load_state(state_file, network, average, optimizer)
+    if rank == 0:
+        print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: {sum(p.numel() for p in params) / 1e6:.1f} M parameters, "
+              f"{len(prompts)} prompts, {args.steps} steps of {args.batch}" + (f", resuming at step {start}" if start else ""), flush=True)
+    if args.dry_run:
+        return
+    if rank == 0:
+        write_json(args.out / "config.json", config)
+
+    def autocast():
+        return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+    def losses(step, indices):
+        """The summed loss of these samples of the step, backpropagated; and what to log: sums, and counts to divide by."""
+        eps, t, prompt, w = draw(args.seed, step, indices, teacher.shape, schedule.T, len(prompts), args.guidance)
+        eps, t, w = eps.to(device), t.to(device), w.to(device)
+        cond = teacher.encode([prompts[k] for k in prompt])
+        end = [n for n, i in enumerate(indices) if i % 4 == 0]              # a quarter of the batch is enough to hold the noise end
+
+        def on(part):                                                       # student and teacher, on these samples' conditions
+            c, v = cond[part], w[part]
+            unguided = args.guidance == 1
+            return (lambda eps, t: student(eps, t, c, v)), (lambda x_t, t: teacher.denoise(x_t, t, c, 1.0 if unguided else v, uncond))
+
+        with autocast():
+            bootstrap = bootstrap_loss(*on(slice(None)), eps, t, (t - delta).clamp(min=0), schedule, args.solver)        # (B,)
+            boundary = boundary_loss(*on(end), eps[end], schedule) if end and args.boundary_weight else eps.new_zeros(len(end))
+        num_end = (args.batch + 3) // 4
+        (bootstrap.sum() / args.batch + args.boundary_weight * boundary.sum() / num_end).backward()
+        bins = torch.zeros(2, BINS, device=device).index_add_(
+            1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
+        return torch.cat([bins.flatten(), boundary.detach().sum().view(1) / num_end])
+
+    def picture(step, teacher_row=[]):
+        """samples/step_N.png: fixed prompts and noises, the teacher's 50 steps above the student's one."""
+        shown = [prompts[k * len(prompts) // 8] for k in range(8)]
+        eps, cond = noise(range(8), teacher.shape).to(device), teacher.encode(shown)
+        w = args.guidance if not isinstance(args.guidance, list) else sum(args.guidance) / 2
+        with torch.no_grad(), autocast():
+            if not teacher_row:
+                x_0 = solve(lambda x, t: teacher.denoise(x, t, cond, w, uncond), eps, schedule.grid(50), schedule, space="x")[-1]
+                teacher_row.extend(to_pil(teacher.decode(x_0)))
+            with averaged():
+                row = to_pil(teacher.decode(student(eps, 0, cond, w)))
+        write_file(args.out / "samples" / f"step_{step}.png", lambda p: grid([teacher_row, row]).save(p, "PNG"))
+
+    @contextlib.contextmanager
+    def averaged():
+        """The network with its averaged weights, for a while: they are the student, the others only train."""
+        swap = [p.detach().clone() for p in params]
+        torch._foreach_copy_([p.data for p in params], average)
+        yield
+        torch._foreach_copy_([p.data for p in params], swap)
+
+    def save(step):
+        save_state(state_file, network, average, optimizer, step)
+        save_student(args.out / "student", student, dict(zip((name for name, _ in network.named_parameters()), average)))
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(True))
+
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)
+    began = time.time()
+    for step in bar:
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        optimizer.zero_grad(set_to_none=True)
+        mine = range(rank * share, (rank + 1) * share)
+        log = sum(losses(step, mine[k:k + micro]) for k in range(0, share, micro))
+        log = torch.cat([log, log.new_tensor([float(bool(stop))])])
+        if world > 1:                                                       # every process, every step: no collective in a branch
+            for tensor in [log, *(p.grad for p in params)]:
+                dist.all_reduce(tensor)
+        sums, counts, boundary, stopping = log[:BINS], log[BINS:2 * BINS], log[-2].item(), log[-1].item() > 0
+        bootstrap = (sums.sum() / args.batch).item()
+        if not math.isfinite(bootstrap + boundary):
+            _, t, prompt, w = draw(args.seed, step, range(args.batch), teacher.shape, schedule.T, len(prompts), args.guidance)
+            raise BadInput(f"the loss is not finite at step {step} (times {t.tolist()}, guidance {w.tolist()}); the last checkpoint "
+                           f"in {args.out} is whole: lower --lr, or use --precision fp32")
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, params, 1 - min(args.ema, (step + 1) / (step + 10)))
+
+        done = step + 1
+        if rank == 0 and (done % 10 == 0 or done == args.steps):
+            bar.set_postfix(loss=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
+            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
+                    "bootstrap_by_time": (sums / counts).tolist(), "seconds": round(time.time() - began, 1)}
+            with open(args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line).replace("NaN", "null") + "\n")
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps or stopping):
+            save(done)
+        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+            picture(done)
+        if stopping:
+            break
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        student_folder = args.out / "student"
+        print(f"stopped at step {done}; the same command goes on" if stop and done < args.steps else
+              f"the student is in {student_folder}\n"
+              f"  python sample.py --student {args.out} --prompt {json.dumps(prompts[0])}\n"
+              f"  python -m tools.evaluate --student {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)
