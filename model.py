@@ -19,6 +19,7 @@ def supported(key, value, *values):
 
 
 def per_level(value, levels):
+    """A config value that may be one number for all levels, as a list of one for each."""
     return list(value) if isinstance(value, (list, tuple)) else [value] * levels
 
 
@@ -57,6 +58,8 @@ class Conv(nn.Module):
 
 
 class Resnet(nn.Module):
+    """Two convolutions on a residual stream, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between them."""
+
     def __init__(self, c_in, c_out, c_emb, groups, eps):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
@@ -96,6 +99,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of its other half (Shazeer 2020)."""
+
     def __init__(self, channels, hidden):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
@@ -134,16 +139,16 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, c_text) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def project(self, layer, z):
-        """SD 1.x projects with a 1x1 convolution, SD 2.x with a linear layer: the same product, other weight shapes."""
-        return F.linear(z, layer.weight.flatten(1), layer.bias)
-
     def forward(self, x, text):
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        h = self.project(self.proj_in, h)
+        h = project(self.proj_in, rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.transformer_blocks:
             h = block(h, text)
-        return x + rearrange(self.project(self.proj_out, h), "b (h w) c -> b c h w", h=x.shape[2])
+        return x + rearrange(project(self.proj_out, h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def project(layer, z):
+    """SD 1.x projects with a 1x1 convolution, SD 2.x with a linear layer: the same product, other weight shapes."""
+    return F.linear(z, layer.weight.flatten(1), layer.bias)
 
 
 class Block(nn.Module):
@@ -195,9 +200,12 @@ class UNet(nn.Module):
         linear = config.get("use_linear_projection", False)
         for key, *values in (("act_fn", "silu"), ("downsample_padding", 1), ("center_input_sample", False),
                              ("mid_block_scale_factor", 1), ("dual_cross_attention", False), ("num_class_embeds", None),
-                             ("only_cross_attention", False), ("upcast_attention", False), ("addition_embed_type", None),
+                             ("only_cross_attention", False), ("addition_embed_type", None), ("attention_bias", False),
                              ("resnet_time_scale_shift", "default"), ("class_embed_type", None, "timestep"),
-                             ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("encoder_hid_dim_type", None)):
+                             ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("encoder_hid_dim_type", None),
+                             ("time_embedding_type", "positional"), ("time_embedding_act_fn", None), ("timestep_post_act", None),
+                             ("resnet_out_scale_factor", 1.0), ("resnet_skip_time_act", False), ("cross_attention_norm", None),
+                             ("conv_in_kernel", 3), ("conv_out_kernel", 3)):
             supported(key, config.get(key, values[0]), *values)             # the first value is the default
 
         def resnet(c_in, c_out):
@@ -241,12 +249,14 @@ class UNet(nn.Module):
         text: (B, L, D). target: (B,), the time a student shall predict; guidance: (B,), its guidance scale w.
         The last norm and convolution run in their own dtype, float32, under any autocast (see clean_prediction).
         """
-        size, flip, shift = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
+        if hasattr(self, "class_embedding") != (target is not None) or hasattr(self.time_embedding, "cond_proj") != (guidance is not None):
+            raise ValueError("a student takes the target time, and guidance if trained for a range; a teacher takes neither")
+        width, flip, shift = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         if guidance is not None:
             guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
-        emb = self.time_embedding(sinusoid(t, size, flip=flip, shift=shift), guidance)          # (B, 4 * size)
+        emb = self.time_embedding(sinusoid(t, width, flip, shift), guidance)                     # (B, 4 * width)
         if target is not None:
-            emb = emb + self.class_embedding(sinusoid(target, size, flip=flip, shift=shift))
+            emb = emb + self.class_embedding(sinusoid(target, width, flip, shift))
 
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = [x]
@@ -324,11 +334,6 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
         self.post_quant_conv = nn.Conv2d(c_latent, c_latent, 1)
 
-    def middle(self, coder, x):
-        x = coder.mid_block.resnets[0](x)
-        x = coder.mid_block.attentions[0](x)
-        return coder.mid_block.resnets[1](x)
-
     def moments(self, images):
         """Mean and log-variance of the unscaled latents, each (B, 4, h, w)."""
         x = self.encoder.conv_in(images)
@@ -337,7 +342,7 @@ class VAE(nn.Module):
                 x = resnet(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](F.pad(x, (0, 1, 0, 1)))           # right and bottom only: so it was trained
-        x = self.middle(self.encoder, x)
+        x = middle(self.encoder.mid_block, x)
         x = self.encoder.conv_out(F.silu(self.encoder.conv_norm_out(x)))
         mean, logvar = self.quant_conv(x).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
@@ -349,7 +354,7 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Images, about [-1, 1], of scaled latents."""
         x = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale)
-        x = self.middle(self.decoder, self.decoder.conv_in(x))
+        x = middle(self.decoder.mid_block, self.decoder.conv_in(x))
         for block in self.decoder.up_blocks:
             for resnet in block.resnets:
                 x = resnet(x)
@@ -358,7 +363,13 @@ class VAE(nn.Module):
         return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
 
 
+def middle(block, x):
+    return block.resnets[1](block.attentions[0](block.resnets[0](x)))
+
+
 class TextLayer(nn.Module):
+    """One pre-norm transformer layer with causal attention, on (B, 77, D)."""
+
     def __init__(self, config):
         super().__init__()
         width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from signal_ode import solve
-from teacher import TINY, BadInput, command, grid, load_student, noise, pick_device, to_pil, write_file
-from train import read_prompts
+from teacher import TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil, write_file
 
 
 def parse_args():
@@ -37,41 +35,35 @@ def parse_args():
 def main():
     args = parse_args()
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = [text.encode("utf-8", "replace").decode() for text in prompts]                    # a shell may pass what isn't UTF-8
     if not prompts:
         raise BadInput("no prompt: give --prompt TEXT, or --prompts FILE with one a line")
-    for name, value in (("--num", args.num), ("--batch", args.batch), *(("--compare", k) for k in args.compare)):
-        if value < 1:
-            raise BadInput(f"{name} {value} is not supported: 1 or more")
-    device = pick_device(args.device)
-    student = load_student(args.student, args.teacher, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision])
-    teacher, schedule = student.teacher, student.teacher.schedule
-    ranged = isinstance(student.guidance, list)
-    if args.guidance is not None and not (ranged and student.guidance[0] <= args.guidance <= student.guidance[1]):
-        accepted = f"{student.guidance[0]} to {student.guidance[1]}" if ranged else f"{student.guidance}, the scale it was trained for"
-        raise BadInput(f"--guidance {args.guidance} is not supported by this student: {accepted}")
-    w = args.guidance if args.guidance is not None else sum(student.guidance) / 2 if ranged else student.guidance
-    grids = [schedule.grid(k) for k in args.compare]
+    student = load_student(args.student, args.teacher, pick_device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision])
+    teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
+    for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6), ("--seed", args.seed, 0, 2**62),
+                                   *(("--compare", k, 1, schedule.T) for k in args.compare)):
+        if not low <= value <= high:
+            raise BadInput(f"{name} {value} is not supported: {low} to {high}")
 
     jobs = [(prompt, args.seed + n * len(prompts) + k) for n in range(args.num) for k, prompt in enumerate(prompts)]
-    sheet = []
+    pictures = []
     for k in range(0, len(jobs), args.batch):
         texts, seeds = zip(*jobs[k:k + args.batch])
-        eps, cond = noise(seeds, teacher.shape).to(device), teacher.encode(texts)
+        eps, cond = noise(seeds, teacher.shape).to(teacher.device), teacher.encode(texts)
         with torch.no_grad():
-            rows = [to_pil(teacher.decode(z)) for z in (
-                *(solve(lambda x, t: teacher.denoise(x, t, cond, w), eps, g, schedule, space="x")[-1] for g in grids),
-                student(eps, 0, cond, w))]
-        for text, seed, *images in zip(texts, seeds, *rows):
+            latents = [student.solve(eps, cond, schedule.grid(steps), w) for steps in args.compare] + [student(eps, 0, cond, w)]
+            columns = [to_pil(teacher.decode(z)) for z in latents]
+        for text, seed, *images in zip(texts, seeds, *columns):
             info = PngInfo()
             for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", args.student), ("compare", args.compare or "")):
                 info.add_itxt(key, str(value))
+            pictures.append(sheet([images]))
             path = args.out / f"{seed:06d}.png"
-            write_file(path, lambda p: grid([images]).save(p, "PNG", pnginfo=info))
+            write_file(path, lambda p: pictures[-1].save(p, "PNG", pnginfo=info))
             print(f"{path}  {text}")
-            sheet.append(grid([images]))
     if args.grid:
-        columns = len(prompts) if len(prompts) > 1 else max(1, round(len(sheet) ** 0.5))
-        write_file(args.out / "grid.png", lambda p: grid([sheet[k:k + columns] for k in range(0, len(sheet), columns)]).save(p, "PNG"))
+        columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
+        write_file(args.out / "grid.png", lambda p: sheet([pictures[k:k + columns] for k in range(0, len(pictures), columns)]).save(p, "PNG"))
         print(args.out / "grid.png")
 
 

@@ -31,11 +31,13 @@ class Schedule:
     def __init__(self, config):
         self.T = config.get("num_train_timesteps", 1000)
         self.prediction = config.get("prediction_type", "epsilon")
-        self.clip = 1.0 if config.get("clip_sample", False) else None      # pixel teachers clip f to their data range
         kind, T = config.get("beta_schedule", "linear"), self.T
         beta_1, beta_T = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type {self.prediction!r} is not supported: epsilon, v_prediction or sample")
+        for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+            if config.get(key):
+                raise ValueError(f"{key} {config[key]!r} is not supported: False")
         if config.get("trained_betas") is not None:
             betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
         elif kind == "linear":
@@ -48,15 +50,21 @@ class Schedule:
         else:
             raise ValueError(f"beta_schedule {kind!r} is not supported: linear, scaled_linear or squaredcos_cap_v2")
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])     # (T + 1,)
-        self._alpha, self._sigma = abar.sqrt(), (1 - abar).sqrt()
+        self.tables = {torch.device("cpu"): (abar.sqrt(), (1 - abar).sqrt())}                   # copied once to each device
+
+    def table(self, t):
+        device = t.device if torch.is_tensor(t) else torch.device("cpu")
+        if device not in self.tables:
+            self.tables[device] = tuple(values.to(device) for values in self.tables[torch.device("cpu")])
+        return self.tables[device]
 
     def alpha(self, t):
         """Signal scale at time t, int or (B,) int tensor -> float64, same shape."""
-        return self._alpha.to(t.device)[t] if torch.is_tensor(t) else self._alpha[t]
+        return self.table(t)[0][t]
 
     def sigma(self, t):
         """Noise scale at time t, int or (B,) int tensor -> float64, same shape."""
-        return self._sigma.to(t.device)[t] if torch.is_tensor(t) else self._sigma[t]
+        return self.table(t)[1][t]
 
     def lam(self, t):
         """log(sigma_t / alpha_t), half the negative log signal-to-noise ratio; -inf at the clean end."""
@@ -84,17 +92,15 @@ def clean_prediction(out, x_t, t, schedule):
     out, x_t = (z if z.dtype == torch.float64 else z.float() for z in (out, x_t))
     alpha_t, sigma_t = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
     if schedule.prediction == "epsilon":
-        f = (x_t - sigma_t * out) / alpha_t
-    elif schedule.prediction == "v_prediction":
-        f = alpha_t * x_t - sigma_t * out
-    else:
-        f = out
-    return f if schedule.clip is None else f.clamp(-schedule.clip, schedule.clip)
+        return (x_t - sigma_t * out) / alpha_t
+    if schedule.prediction == "v_prediction":
+        return alpha_t * x_t - sigma_t * out
+    return out
 
 
 def guide(f_cond, f_uncond, w):
     """Classifier-free guidance of clean predictions (Ho & Salimans 2022): w = 1 is no guidance. w: float or (B,)."""
-    return f_uncond + like(torch.as_tensor(w), f_cond) * (f_cond - f_uncond)
+    return f_uncond + (like(w, f_cond) if torch.is_tensor(w) else w) * (f_cond - f_uncond)
 
 
 def signal(x_t, eps, t, schedule):
@@ -123,6 +129,11 @@ def signal_step(y_t, f, t, s, schedule):
     return y_t + like(1 - contraction(t, s, schedule), y_t) * (f - y_t)
 
 
+def check_solver(solver):
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver {solver!r} is not supported: euler or heun")
+
+
 def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None):
     """The trajectory of one noise under a denoiser, as the list of its states at the times of `grid`.
 
@@ -130,6 +141,7 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None):
     x_t from x_T = eps. space "y": the Signal-ODE, states y_t from y_T = f(eps, T), the student's reference. `start`
     replaces either start. Euler is DDIM; Heun averages f at t and at the predicted s, and is Euler where s = 0.
     """
+    check_solver(solver)
     step = {"x": ddim_step, "y": signal_step}[space]
     to_x = {"x": lambda x, t: x, "y": lambda y, t: noisy(y, eps, t, schedule)}[space]
     state = start if start is not None else eps if space == "x" else denoise(eps, grid[0])
@@ -155,22 +167,23 @@ def student_signal(network, eps, t, i, schedule):
 
 
 def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler"):
-    """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s (paper, section 3.2). No gradient.
+    """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s. No gradient.
 
     student: callable (eps, t) -> y_t; teacher: callable (x_t, t) -> f. t, s: (B,), s < t. Returns (B, ...).
     """
+    check_solver(solver)
     with torch.no_grad():                           # same weights, no EMA copy: the boundary loss is what pins y
         y_t = student(eps, t)
         f = teacher(noisy(y_t, eps, t, schedule), t)
         if solver == "heun":
             y_s = signal_step(y_t, f, t, s, schedule)
             f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1))     # the network has no index for the clean end
-            f = torch.where(like(s > 0, f).bool(), (f + f_s) / 2, f)
+            f = torch.where((s > 0).view(-1, *[1] * (f.ndim - 1)), (f + f_s) / 2, f)
         return signal_step(y_t, f, t, s, schedule)
 
 
 def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight=1.0):
-    """L_BS per sample, (B,): the student at s against one solver step from the student at t (paper, eq. 9).
+    """L_BS per sample, (B,): the student at s against one solver step from the student at t.
 
     The error is divided by 1 - r, which puts it in units of the clean prediction: the exact form of the paper's
     1 / (lam' delta)**2. weight: float or (B,).
@@ -181,7 +194,7 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight
 
 
 def boundary_loss(student, teacher, eps, schedule):
-    """L_BC per sample, (B,): pins the noise end, g(eps, T) to f(eps, T), where the ODE itself holds nothing (eq. 10)."""
+    """L_BC per sample, (B,): pins the noise end, g(eps, T) to f(eps, T), where the ODE itself holds nothing."""
     T = torch.full((len(eps),), schedule.T, device=eps.device)
     with torch.no_grad():
         target = teacher(eps, T)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import VAE, TextEncoder, UNet
-from signal_ode import Schedule, clean_prediction, guide, student_signal
+from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
 TINY = Path(__file__).parent / "tiny"
 NAMED = {"tiny": TINY}
@@ -40,14 +40,17 @@ def command(main):
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pick_device(name=None):
-    """The torch device of a --device option; None is CUDA where there is one, else the CPU."""
+    """The torch device of a --device option; None is CUDA where there is one, else the CPU. Under torchrun, this process's GPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} is not available here ({str(error).splitlines()[0]}): try cpu") from None
@@ -72,8 +75,9 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)                                              # safetensors leaves files to their owner alone
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         try:
@@ -87,13 +91,15 @@ def write_json(path, value):
     write_file(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
+FLOAT32 = ("conv_norm_out.", "conv_out.")          # the U-Net's last layers: a rounded epsilon would be divided by alpha_T
+
+
 def read_tensors(path, device="cpu", dtype=None):
-    """({name: tensor}, metadata) of a safetensors file, floats cast to dtype one at a time on their way to the device."""
-    def cast(tensor):
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+    """({name: tensor}, metadata) of a safetensors file, cast to dtype (but see FLOAT32) one by one on the way to the device."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: cast(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name).to(device, dtype and (torch.float32 if name.startswith(FLOAT32) else dtype))
+                    for name in file.keys() if not name.endswith("position_ids")}, file.metadata() or {}    # those are no weight
     except FileNotFoundError:
         pickled = [p.name for p in Path(path).parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
         refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
@@ -106,20 +112,24 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def modern(name):
+    """A parameter's present name."""
     parts = name.rsplit(".", 2)
     return ".".join([parts[0], OLD_NAMES.get(parts[1], parts[1]), parts[2]]) if ".attentions." in name else name
 
 
 def build(network, config, tensors, where):
-    """network(config) with exactly these weights: on the meta device first, so that no weight is made twice."""
+    """network(config), frozen, with exactly these weights; on the meta device first, so that none is made twice.
+
+    Raises BadInput naming the config key, or the missing, unexpected or mis-shaped tensors. where: said in the error.
+    """
     try:
         with torch.device("meta"):
             module = network(config)
     except KeyError as error:
         raise BadInput(f"{where}: the config has no {error}") from None
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"{where}: {error}") from None
-    tensors = {modern(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}   # not a weight
+    tensors = {modern(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     wrong = ([f"missing {n}" for n in expected if n not in shapes] + [f"unexpected {n}" for n in shapes if n not in expected]
@@ -128,12 +138,14 @@ def build(network, config, tensors, where):
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise BadInput(f"{where} does not hold the weights its config describes: {'; '.join(wrong[:8])}{more}")
     module.load_state_dict(tensors, assign=True)
-    if isinstance(module, UNet):                    # a rounded epsilon is divided by alpha_T: these stay float32
-        module.conv_norm_out.float(), module.conv_out.float()
     return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_module(network, folder, device, dtype, name="diffusion_pytorch_model.safetensors"):
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_module(network, folder, device, dtype, name=WEIGHTS):
+    """A network from its folder: config.json and weights."""
     return build(network, read_json(folder / "config.json"), read_tensors(folder / name, device, dtype)[0], folder / name)
 
 
@@ -255,7 +267,7 @@ class Tokenizer:
             prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # lone surrogates -> U+FFFD
             ids = [self.start]
             for chunk in CHUNK.finditer(prompt):
-                ids += self.encode(chunk[0])
+                ids += self.split(chunk[0])
                 if len(ids) >= self.length:
                     warnings.warn(f"prompt cut to {self.length} tokens, at: {prompt[chunk.start():]}", stacklevel=2)
                     break
@@ -263,7 +275,7 @@ class Tokenizer:
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)               # (B, length)
 
-    def encode(self, chunk):
+    def split(self, chunk):
         """Token ids of text without white space: special tokens out, normalize, split into words, merge their bytes."""
         if chunk in self.cache:
             return self.cache[chunk]
@@ -299,16 +311,17 @@ def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
 class Teacher:
     """A text-to-image latent diffusion model, frozen.
 
-    .schedule: Schedule. .shape: of one latent, (4, h, w). .spec: the name or folder that load_teacher takes again.
+    .schedule: Schedule. .shape: of one latent, (4, h, w). .unet, .vae, .text_encoder, .tokenizer: its parts. .uncond: the
+    empty prompt's embedding, (1, 77, D). .spec: what load_teacher takes again. .fingerprint: tells teachers apart.
     """
 
     def __init__(self, folder, spec, device, dtype):
         self.folder, self.spec, self.device = folder, spec, torch.device(device)
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = folder / "scheduler" / "scheduler_config.json"
         try:
-            self.schedule = Schedule(scheduler)
+            self.schedule = Schedule(read_json(scheduler))
         except ValueError as error:
-            raise BadInput(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from None
+            raise BadInput(f"{scheduler}: {error}") from None
         try:
             self.tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         except ValueError as error:
@@ -316,9 +329,13 @@ class Teacher:
         self.unet = load_module(UNet, folder / "unet", device, dtype)
         self.vae = load_module(VAE, folder / "vae", device, dtype)
         self.text_encoder = load_module(TextEncoder, folder / "text_encoder", device, dtype, "model.safetensors")
-        self.shape = (self.unet.config["in_channels"], *[self.unet.config["sample_size"]] * 2)
-        self.fingerprint = fingerprint(self.unet, scheduler)
-        self.uncond = self.encode([""])                                     # (1, 77, D), computed once
+        config, width = self.unet.config, self.text_encoder.config["hidden_size"]
+        if config.get("class_embed_type") or not isinstance(config.get("sample_size"), int) or config["cross_attention_dim"] != width:
+            raise BadInput(f"{folder / 'unet' / 'config.json'}: a teacher has no class_embed_type, an integer sample_size, and the text "
+                           f"encoder's width {width} as cross_attention_dim")
+        self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        self.fingerprint = fingerprint(folder / "unet" / WEIGHTS, self.schedule)
+        self.uncond = self.encode([""])
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -346,12 +363,28 @@ class Teacher:
         return self.vae.decode(latents.to(memory_format=torch.channels_last)).float().clamp(-1, 1)
 
 
-def fingerprint(unet, scheduler):
-    """A short hash that tells teachers apart, the same in half and full precision: configs and a sample of the weights."""
-    digest = hashlib.sha256(json.dumps([unet.config, scheduler], sort_keys=True).encode())
-    for p in (unet.conv_in.weight, unet.time_embedding.linear_1.weight, unet.conv_out.weight):
-        digest.update(p.detach().cpu().half().contiguous().numpy().tobytes())
+def fingerprint(path, schedule):
+    """A short hash that tells teachers apart, the same for half and full precision files: schedule and some of the weights."""
+    digest = hashlib.sha256(f"{schedule.prediction} {schedule.alpha(torch.arange(schedule.T + 1)).mul(1e6).round().tolist()}".encode())
+    with safe_open(path, "pt") as file:
+        for name in ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight"):
+            digest.update(file.get_tensor(name).half().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def read_prompts(path):
+    """The lines of a UTF-8 prompt file that hold something."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not prompts:
+        raise BadInput(f"{path} holds no prompt; it takes one a line")
+    return prompts
 
 
 def noise(seeds, shape):
@@ -365,54 +398,69 @@ def to_pil(images):
     return [Image.fromarray(p) for p in pixels]
 
 
-def grid(rows):
+def sheet(rows):
     """One PIL image of rows of equally large PIL images."""
     width, height = rows[0][0].size
-    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    whole = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(image, (x * width, y * height))
-    return sheet
+            whole.paste(image, (x * width, y * height))
+    return whole
 
 
 # ---------------------------------------------------------------------------------------------------------- student
 
 class Student:
-    """g(eps, t): the trained network and what it needs to be called; `guidance` is a scale w, or a range (lo, hi)."""
+    """g(eps, t): the trained network and what it needs to be called.
 
-    def __init__(self, network, teacher, input_time, guidance):
+    guidance: the scale w that is built in, or a range [lo, hi] of scales that can be asked for.
+    """
+
+    def __init__(self, network, teacher, input_time, guidance, negative_prompt=""):
         self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
+        self.negative_prompt, self.ranged = negative_prompt, isinstance(guidance, list)
+        self.uncond = teacher.encode([negative_prompt])                     # what its guidance leads away from, (1, 77, D)
 
     def __call__(self, eps, t, cond, w=None):
         """The signal y_t (B, 4, h, w) of noise eps at target times t, int or (B,), 0..T; t = 0 is the clean sample.
 
-        w: float or (B,), for a student trained on a range of guidance scales; one of fixed guidance takes none.
+        w: float or (B,), needed by a student of a range of guidance scales, and without effect on another.
         """
         t = torch.as_tensor(t, device=eps.device).expand(len(eps))
-        w = torch.as_tensor(w, device=eps.device).expand(len(eps)) if isinstance(self.guidance, (list, tuple)) else None
+        w = torch.as_tensor(w, device=eps.device).expand(len(eps)) if self.ranged else None
 
         def network(x_i, i, t):
             index = torch.full((len(x_i),), i - 1, device=x_i.device)
             return self.network(x_i, index, cond, target=t, guidance=w)
         return student_signal(network, eps, t, self.input_time, self.teacher.schedule)
 
+    def pick_guidance(self, w=None):
+        """The scale to use when w is asked for (None: no wish). Raises BadInput where it wasn't trained."""
+        lo, hi = self.guidance if self.ranged else (self.guidance, self.guidance)
+        if w is not None and not lo <= w <= hi:
+            raise BadInput(f"--guidance {w} is not supported by this student: " + (f"{lo} to {hi}" if self.ranged else f"{lo}, which is built in"))
+        return (lo + hi) / 2 if w is None else w
 
-def new_student(teacher, input_time, guidance):
+    def solve(self, eps, cond, grid, w, solver="euler", space="x"):
+        """Its teacher's trajectory from the same noise, guided alike: the last state. See signal_ode.solve."""
+        denoise = lambda x_t, t: self.teacher.denoise(x_t, t, cond, w, self.uncond)
+        return solve(denoise, eps, grid, self.teacher.schedule, solver, space)[-1]
+
+
+def new_student(teacher, input_time, guidance, negative_prompt=""):
     """A student that equals its teacher: f(sigma_i * eps, i) for every t and w. Float32, whatever the teacher's dtype.
 
     Its embedding of the target time starts as the teacher's of time, with the last layer zero; that of w is zero.
     """
-    ranged = isinstance(guidance, (list, tuple))
+    ranged, path = isinstance(guidance, list), teacher.folder / "unet" / WEIGHTS
     config = dict(teacher.unet.config, class_embed_type="timestep", time_cond_proj_dim=256 if ranged else None)
-    path = teacher.folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors, _ = read_tensors(path, teacher.device, torch.float32)
-    for layer in ("linear_1", "linear_2"):
-        for kind in ("weight", "bias"):
-            value = tensors[f"time_embedding.{layer}.{kind}"]
-            tensors[f"class_embedding.{layer}.{kind}"] = value.clone() if layer == "linear_1" else torch.zeros_like(value)
+    for kind in ("weight", "bias"):
+        tensors[f"class_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
+        tensors[f"class_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
     if ranged:
         tensors["time_embedding.cond_proj.weight"] = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
-    return Student(build(UNet, config, tensors, path), teacher, input_time, guidance)
+    return Student(build(UNet, config, tensors, path), teacher, input_time, guidance, negative_prompt)
 
 
 def save_student(folder, student, tensors=None, dtype=torch.float32):
@@ -422,13 +470,14 @@ def save_student(folder, student, tensors=None, dtype=torch.float32):
     state = student.network.state_dict() if tensors is None else tensors
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     write_json(folder / "config.json", student.network.config)
-    write_json(folder / "student.json", {"teacher": student.teacher.spec, "fingerprint": student.teacher.fingerprint,
-                                         "input_time": student.input_time, "guidance": student.guidance})
-    write_file(folder / "diffusion_pytorch_model.safetensors", lambda p: save_file(state, p, {"format": "pt"}))
+    write_json(folder / "student.json", {
+        "teacher": student.teacher.spec, "fingerprint": student.teacher.fingerprint, "input_time": student.input_time,
+        "guidance": student.guidance, "negative_prompt": student.negative_prompt})
+    write_file(folder / WEIGHTS, lambda path: save_file(state, path, {"format": "pt"}))
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
-    """The student in a folder, or in its `student/` as train.py leaves it; `teacher` replaces the one it names.
+    """The student in a folder, or in its `student/` as train.py leaves it; `teacher` (a name or folder) replaces the one it names.
 
     Raises BadInput if the folder holds no student, or one of another teacher.
     """
@@ -437,8 +486,13 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     if not (folder / "student.json").exists():
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
     info = read_json(folder / "student.json")
-    teacher = load_teacher(info["teacher"] if teacher is None else teacher, device, dtype) if not isinstance(teacher, Teacher) else teacher
+    if missing := {"teacher", "fingerprint", "input_time", "guidance", "negative_prompt"} - set(info):
+        raise BadInput(f"{folder / 'student.json'} has no {', '.join(sorted(missing))}")
+    try:
+        teacher = load_teacher(teacher or info["teacher"], device, dtype)
+    except BadInput as error:
+        raise BadInput(f"{error} (the teacher of {folder}; --teacher says where it is now)") from None
     if info["fingerprint"] != teacher.fingerprint:
         raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: fingerprint "
                        f"{info['fingerprint']}, not {teacher.fingerprint}")
-    return Student(load_module(UNet, folder, device, dtype), teacher, info["input_time"], info["guidance"])
+    return Student(load_module(UNet, folder, device, dtype), teacher, info["input_time"], info["guidance"], info["negative_prompt"])

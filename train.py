@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -23,11 +24,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from signal_ode import bootstrap_loss, boundary_loss, solve
-from teacher import (BadInput, command, grid, load_teacher, new_student, noise, pick_device, read_json, read_tensors, save_student, to_pil,
-                     write_file, write_json)
+from signal_ode import bootstrap_loss, boundary_loss
+from teacher import (BadInput, command, load_teacher, new_student, noise, pick_device, read_json, read_prompts, read_tensors, save_student,
+                     sheet, to_pil, write_file, write_json)
 
-BINS = 4                                                                    # the bootstrap loss is logged by quarter of the time
+BINS = 4                    # the bootstrap loss is logged by quarter of the time
+BOUNDARY_EVERY = 4          # every 4th sample takes part in the boundary loss: f(eps, T) is easy to learn, and costs as much
 
 
 def parse_args():
@@ -64,7 +66,7 @@ def parse_args():
         lo_hi = [float(w) for w in args.guidance.split(":")]
     except ValueError:
         lo_hi = []
-    if not (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1]):
+    if not (all(map(math.isfinite, lo_hi)) and (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1])):
         p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
     args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
     for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
@@ -73,21 +75,6 @@ def parse_args():
         if value is not None and not low <= value <= high:
             p.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
     return args
-
-
-def read_prompts(path):
-    """The lines of a prompt file that hold something."""
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
-    except OSError as error:
-        raise BadInput(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if not prompts:
-        raise BadInput(f"{path} holds no prompt; it takes one a line")
-    return prompts
 
 
 def draw(seed, step, indices, shape, T, num_prompts, guidance):
@@ -114,36 +101,36 @@ def learning_rate(step, args):
     return args.lr * min(1.0, (step + 1) / max(args.warmup, 1), tail)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 def save_state(path, network, average, optimizer, step):
     """All that resume needs, in one file: weights, their average, Adam's moments. No generator: see draw()."""
     tensors = {}
     for (name, p), a in zip(network.named_parameters(), average):
-        moments = optimizer.state.get(p, {})
-        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a}
-        tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a} | {f"{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
     write_file(path, lambda p: save_file(tensors, p, {"step": str(step)}))
 
 
+@torch.no_grad()
 def load_state(path, network, average, optimizer):
-    """Restore save_state's file in place and return its step."""
+    """Restore save_state's file in place, tensor by tensor, and return its step."""
     tensors, metadata = read_tensors(path)
     try:
-        step = int(metadata["step"])
-        with torch.no_grad():
-            for (name, p), a in zip(network.named_parameters(), average):
-                p.copy_(tensors[f"weight.{name}"]), a.copy_(tensors[f"average.{name}"])
-                if step:
-                    optimizer.state[p] = {"step": torch.tensor(float(step))} | {
-                        key: torch.empty_like(p).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+        for (name, p), a in zip(network.named_parameters(), average):
+            p.copy_(tensors.pop(f"weight.{name}")), a.copy_(tensors.pop(f"average.{name}"))
+            for m in MOMENTS:
+                optimizer.state[p][m].copy_(tensors.pop(f"{m}.{name}"))
+            optimizer.state[p]["step"].fill_(int(metadata["step"]))
+        return int(metadata["step"])
     except (KeyError, RuntimeError) as error:
         raise BadInput(f"{path} is not this run's checkpoint ({error}); move it away to start anew") from None
-    return step
 
 
 def check_config(path, config):
-    """config.json of an earlier run of this --out must say the same, but for what may change between two stretches."""
-    free = {"steps", "micro_batch", "device", "save_every", "sample_every"}
+    """config.json of an earlier run in this folder must say the same, but for what may change between two stretches."""
+    free = {"steps", "micro_batch", "device", "save_every", "sample_every", "teacher"}         # the fingerprint stands for the teacher
     if path.exists():
         old = read_json(path)
         differ = [f"{k} {old.get(k)} there, {config[k]} here" for k in config if k not in free and old.get(k) != config[k]]
@@ -151,114 +138,132 @@ def check_config(path, config):
             raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
 
 
+def rewind_log(path, step):
+    """Drop what a killed run logged beyond its last checkpoint; returns the seconds that the run has taken so far."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [line for line in lines if line["step"] <= step]
+    if len(kept) < len(lines):
+        write_file(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+    return kept[-1]["seconds"] if kept else 0
+
+
 def main():
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):                          # from here on: save at the next step, exit 0
+        signal.signal(number, lambda *_: stop.append(True))
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
     if args.batch % world:
         raise BadInput(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world
     micro = args.micro_batch or share
     if share % micro:
         raise BadInput(f"--micro-batch {micro} does not divide {share}, each process's share of --batch")
+    device = pick_device(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
     teacher = load_teacher(args.teacher, device, dtype)
     schedule = teacher.schedule
-    if not 1 <= args.input_time <= schedule.T:
-        raise BadInput(f"--input-time {args.input_time} is not supported: 1 to {schedule.T}")
-    if not 1 <= args.num_steps <= schedule.T:
-        raise BadInput(f"--num-steps {args.num_steps} is not supported: 1 to {schedule.T}")
-    prompts = read_prompts(args.prompts or teacher.folder / "prompts.txt")
-    uncond = teacher.encode([args.negative_prompt])
+    for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
+        if not 1 <= value <= schedule.T:
+            raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
     delta = round(schedule.T / args.num_steps)
-
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("dry_run", "out")}
+    prompts = read_prompts(args.prompts or teacher.folder / "prompts.txt")
+    config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
     check_config(args.out / "config.json", config)
 
-    student = new_student(teacher, args.input_time, args.guidance)
+    student = new_student(teacher, args.input_time, args.guidance, args.negative_prompt)
     network = student.network.train().requires_grad_(True)
     params = list(network.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state_file, start = args.out / "state" / "state.safetensors", 0
-    if state_file.exists():
+    for p in params:
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    state_file, log_file, start, seconds = args.out / "state" / "state.safetensors", args.out / "log.jsonl", 0, 0
+    if rank == 0 and state_file.exists():
         start = load_state(state_file, network, average, optimizer)
+    if world > 1:                                                           # only the first process need see the checkpoint
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        start = torch.tensor(start, device=device)
+        for tensor in [start, *(p.data for p in params), *average, *(optimizer.state[p][m] for p in params for m in MOMENTS)]:
+            dist.broadcast(tensor, 0)
+        start = start.item()
+        for p in params:
+            optimizer.state[p]["step"].fill_(start)
     if rank == 0:
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: {sum(p.numel() for p in params) / 1e6:.1f} M parameters, "
               f"{len(prompts)} prompts, {args.steps} steps of {args.batch}" + (f", resuming at step {start}" if start else ""), flush=True)
     if args.dry_run:
         return
-    if rank == 0:
-        write_json(args.out / "config.json", config)
 
     def autocast():
-        return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        # no cache of cast weights: it would keep those of the passes without gradient for the pass with one
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def losses(step, indices):
-        """The summed loss of these samples of the step, backpropagated; and what to log: sums, and counts to divide by."""
+        """Backpropagate these samples' share of the step's loss; returns what to log: sums and counts by time, and boundary."""
         eps, t, prompt, w = draw(args.seed, step, indices, teacher.shape, schedule.T, len(prompts), args.guidance)
         eps, t, w = eps.to(device), t.to(device), w.to(device)
-        cond = teacher.encode([prompts[k] for k in prompt])
-        end = [n for n, i in enumerate(indices) if i % 4 == 0]              # a quarter of the batch is enough to hold the noise end
+        cond = teacher.encode([prompts[k] for k in prompt])                 # (B, 77, D)
+        end = [n for n, i in enumerate(indices) if i % BOUNDARY_EVERY == 0]
 
-        def on(part):                                                       # student and teacher, on these samples' conditions
-            c, v = cond[part], w[part]
-            unguided = args.guidance == 1
-            return (lambda eps, t: student(eps, t, c, v)), (lambda x_t, t: teacher.denoise(x_t, t, c, 1.0 if unguided else v, uncond))
+        def on(part):
+            """Student and teacher as functions of a signal's noise and time, for these samples' prompts and guidance."""
+            c, v = cond[part], 1.0 if args.guidance == 1 else w[part]
+            return (lambda eps, t: student(eps, t, c, v)), (lambda x_t, t: teacher.denoise(x_t, t, c, v, student.uncond))
 
         with autocast():
             bootstrap = bootstrap_loss(*on(slice(None)), eps, t, (t - delta).clamp(min=0), schedule, args.solver)        # (B,)
-            boundary = boundary_loss(*on(end), eps[end], schedule) if end and args.boundary_weight else eps.new_zeros(len(end))
-        num_end = (args.batch + 3) // 4
-        (bootstrap.sum() / args.batch + args.boundary_weight * boundary.sum() / num_end).backward()
-        bins = torch.zeros(2, BINS, device=device).index_add_(
+            boundary = boundary_loss(*on(end), eps[end], schedule) if end and args.boundary_weight else eps.new_zeros(1)
+        boundary = boundary.sum() / len(range(0, args.batch, BOUNDARY_EVERY))
+        (bootstrap.sum() / args.batch + args.boundary_weight * boundary).backward()
+        by_time = torch.zeros(2, BINS, device=device).index_add_(
             1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
-        return torch.cat([bins.flatten(), boundary.detach().sum().view(1) / num_end])
-
-    def picture(step, teacher_row=[]):
-        """samples/step_N.png: fixed prompts and noises, the teacher's 50 steps above the student's one."""
-        shown = [prompts[k * len(prompts) // 8] for k in range(8)]
-        eps, cond = noise(range(8), teacher.shape).to(device), teacher.encode(shown)
-        w = args.guidance if not isinstance(args.guidance, list) else sum(args.guidance) / 2
-        with torch.no_grad(), autocast():
-            if not teacher_row:
-                x_0 = solve(lambda x, t: teacher.denoise(x, t, cond, w, uncond), eps, schedule.grid(50), schedule, space="x")[-1]
-                teacher_row.extend(to_pil(teacher.decode(x_0)))
-            with averaged():
-                row = to_pil(teacher.decode(student(eps, 0, cond, w)))
-        write_file(args.out / "samples" / f"step_{step}.png", lambda p: grid([teacher_row, row]).save(p, "PNG"))
+        return torch.cat([by_time.flatten(), boundary.detach().view(1)])
 
     @contextlib.contextmanager
     def averaged():
         """The network with its averaged weights, for a while: they are the student, the others only train."""
-        swap = [p.detach().clone() for p in params]
-        torch._foreach_copy_([p.data for p in params], average)
-        yield
-        torch._foreach_copy_([p.data for p in params], swap)
+        trained = [p.detach().clone() for p in params]
+        for p, a in zip(params, average):
+            p.data.copy_(a)
+        try:
+            yield
+        finally:
+            for p, value in zip(params, trained):
+                p.data.copy_(value)
 
     def save(step):
-        save_state(state_file, network, average, optimizer, step)
+        """The student first: a crash in between repeats some steps and writes it again."""
         save_student(args.out / "student", student, dict(zip((name for name, _ in network.named_parameters()), average)))
+        save_state(state_file, network, average, optimizer, step)
 
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
+    if rank == 0:
+        write_json(args.out / "config.json", config)
+        seconds = rewind_log(log_file, start)
+        shown = [prompts[k * len(prompts) // 8] for k in range(8)]          # for the pictures: fixed prompts and noises
+        eps_shown, cond_shown, w_shown = noise(range(8), teacher.shape).to(device), teacher.encode(shown), student.pick_guidance()
+        with torch.no_grad(), autocast():
+            teacher_row = to_pil(teacher.decode(student.solve(eps_shown, cond_shown, schedule.grid(50), w_shown)))
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)
-    began = time.time()
-    for step in bar:
+    def picture(step):
+        """samples/step_N.png: the teacher's 50 steps above the student's one."""
+        with torch.no_grad(), autocast(), averaged():
+            row = to_pil(teacher.decode(student(eps_shown, 0, cond_shown, w_shown)))
+        write_file(args.out / "samples" / f"step_{step}.png", lambda p: sheet([teacher_row, row]).save(p, "PNG"))
+
+    done, began = start, time.time() - seconds
+    if rank == 0 and start >= args.steps:
+        save(start)
+    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         mine = range(rank * share, (rank + 1) * share)
         log = sum(losses(step, mine[k:k + micro]) for k in range(0, share, micro))
         log = torch.cat([log, log.new_tensor([float(bool(stop))])])
@@ -266,23 +271,24 @@ def main():
             for tensor in [log, *(p.grad for p in params)]:
                 dist.all_reduce(tensor)
         sums, counts, boundary, stopping = log[:BINS], log[BINS:2 * BINS], log[-2].item(), log[-1].item() > 0
-        bootstrap = (sums.sum() / args.batch).item()
-        if not math.isfinite(bootstrap + boundary):
-            _, t, prompt, w = draw(args.seed, step, range(args.batch), teacher.shape, schedule.T, len(prompts), args.guidance)
-            raise BadInput(f"the loss is not finite at step {step} (times {t.tolist()}, guidance {w.tolist()}); the last checkpoint "
-                           f"in {args.out} is whole: lower --lr, or use --precision fp32")
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        bootstrap, norm = sums.sum().item() / args.batch, torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        if not math.isfinite(bootstrap + boundary + norm):
+            _, t, _, w = draw(args.seed, step, range(min(args.batch, 16)), teacher.shape, schedule.T, len(prompts), args.guidance)
+            raise BadInput(f"the loss is not finite at step {step} (first times {t.tolist()}, guidance {[round(v, 2) for v in w.tolist()]}); "
+                           f"what {args.out} holds is whole: lower --lr, or take --precision fp32")
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, params, 1 - min(args.ema, (step + 1) / (step + 10)))
+            decay = min(args.ema, (step + 1) / (step + 10))
+            for a, p in zip(average, params):
+                a.lerp_(p, 1 - decay)
 
         done = step + 1
         if rank == 0 and (done % 10 == 0 or done == args.steps):
             bar.set_postfix(loss=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
-            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
-                    "bootstrap_by_time": (sums / counts).tolist(), "seconds": round(time.time() - began, 1)}
-            with open(args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line).replace("NaN", "null") + "\n")
+            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm, "seconds": round(time.time() - began, 1),
+                    "bootstrap_by_time": [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist())]}
+            with open(log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or stopping):
             save(done)
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
@@ -291,12 +297,12 @@ def main():
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0:
-        student_folder = args.out / "student"
-        print(f"stopped at step {done}; the same command goes on" if stop and done < args.steps else
-              f"the student is in {student_folder}\n"
-              f"  python sample.py --student {args.out} --prompt {json.dumps(prompts[0])}\n"
-              f"  python -m tools.evaluate --student {args.out}")
+    if rank == 0 and done < args.steps:
+        print(f"stopped at step {done}; the same command goes on")
+    elif rank == 0:
+        out = shlex.quote(str(args.out))
+        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out} --prompt {shlex.quote(prompts[0])}\n"
+              f"  python -m tools.evaluate --student {out}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from signal_ode import solve
-from teacher import TINY, BadInput, command, grid, load_student, noise, read_json, read_tensors, to_pil, write_file, write_json
+from teacher import TINY, BadInput, command, load_student, noise, pick_device, read_json, read_tensors, sheet, to_pil, write_file, write_json
 from tools.judge import frechet, load_judge, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
@@ -47,11 +46,12 @@ def combinations(config, num, seed):
 
 
 class Evaluation:
-    """One set of prompts and noises, on which any sampler is measured."""
+    """One set of prompts and noises, on which any sampler is measured: a callable (eps, cond) -> latents."""
 
-    def __init__(self, teacher, images, w, seed, batch=250):
-        self.teacher, self.w, self.batch = teacher, w, batch
-        self.judge, self.config, self.real = load_judge(teacher.folder / "judge")
+    def __init__(self, student, images, w, seed, batch=250):
+        self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
+        self.judge, self.config = load_judge(self.teacher.folder / "judge", self.teacher.device)
+        self.real = read_tensors(self.teacher.folder / "judge" / "reference.safetensors", dtype=torch.float32)[0]["features"]
         self.combinations = combinations(self.config, images, seed)
         self.seeds = range(seed * 10**6, seed * 10**6 + images)
         held_out = {tuple(c) for c in self.config["held_out"]}
@@ -61,17 +61,20 @@ class Evaluation:
 
     def inputs(self, part):
         """eps and text embeddings of a slice of the images."""
-        return noise(self.seeds[part], self.teacher.shape), self.teacher.encode([prompt(*c) for c in self.combinations[part]])
+        eps = noise(self.seeds[part], self.teacher.shape).to(self.teacher.device)
+        return eps, self.teacher.encode([prompt(*c) for c in self.combinations[part]])
 
     def ddim(self, steps):
-        """A sampler (eps, cond) -> latents: the guided teacher in that many DDIM steps."""
-        schedule = self.teacher.schedule
-        return lambda eps, cond: solve(lambda x, t: self.teacher.denoise(x, t, cond, self.w), eps, schedule.grid(steps), schedule, space="x")[-1]
+        """The guided teacher in that many DDIM steps, as a sampler."""
+        return lambda eps, cond: self.student.solve(eps, cond, self.teacher.schedule.grid(steps), self.w)
+
+    def one_step(self, eps, cond):
+        """The student, as a sampler."""
+        return self.student(eps, 0, cond, self.w)
 
     def solution(self, eps, cond):
-        """What the student is asked for: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
-        schedule = self.teacher.schedule
-        return solve(lambda x, t: self.teacher.denoise(x, t, cond, self.w), eps, schedule.grid(50), schedule, "heun")[-1]
+        """What the student is asked for, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
+        return self.student.solve(eps, cond, self.teacher.schedule.grid(50), self.w, "heun", "y")
 
     @torch.no_grad()
     def sample(self, sampler, num, name):
@@ -80,47 +83,54 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, sampler, name, solution):
-        """A row's quality figures; solution: (NUM_RMSE, ...) latents of the first noises."""
+        """A row's figures of quality; solution: (NUM_RMSE, ...) latents of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
         features = torch.cat([self.judge(self.teacher.decode(part)) for part in latents.split(self.batch)])
-        right = torch.stack([a.argmax(1) for a in self.judge.answers(features)], 1) == self.labels
+        right = torch.stack([a.argmax(1).cpu() for a in self.judge.answers(features)], 1) == self.labels
+        features = features.cpu()
         precision, recall = precision_recall(features, self.real)
         row = {"frechet": frechet(features, self.real), "precision": precision, "recall": recall}
         for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
             row[f"align_{which}"] = right[mask].all(1).float().mean().item()
             row |= {f"{attribute}_{which}": value for attribute, value in
                     zip(("garment", "colour", "background"), right[mask].float().mean(0).tolist())}
-        return row | {"rmse": (latents[:len(solution)] - solution).square().mean().sqrt().item()}
+        return row | {"rmse": (latents[:len(solution)].cpu() - solution).square().mean().sqrt().item()}
 
-    def speed(self, sampler):
-        """Images per second of sampler and decoder on this machine: the median of three batches."""
+    @torch.no_grad()
+    def seconds(self, function):
+        """Seconds an image of a function of (eps, cond), on this machine: the median of three batches."""
         eps, cond = self.inputs(slice(0, self.batch))
         times = []
-        for _ in range(3):
+        for _ in range(4):                                                  # the first is not counted
             began = time.perf_counter()
-            with torch.no_grad():
-                self.teacher.decode(sampler(eps, cond))
+            function(eps, cond).sum().item()                                # .item() waits for a GPU
             times.append(time.perf_counter() - began)
-        return len(eps) / sorted(times)[1]
+        return sorted(times[1:])[1] / len(eps)
 
 
 def teacher_rows(evaluation, fresh):
     """(rows, solution) of the teacher: stored in its folder under a hash of its files and of the settings, or measured."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
-    for path in sorted(p for sub in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "judge") for p in (folder / sub).iterdir()):
-        digest.update(path.read_bytes())
-    digest.update(json.dumps([evaluation.w, evaluation.seeds[0], len(evaluation.seeds), STEPS, NUM_RMSE]).encode())
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "judge"):
+        for path in sorted(p for p in (folder / name).iterdir() if p.is_file()):
+            digest.update(path.read_bytes())
+    settings = [evaluation.w, evaluation.student.negative_prompt, evaluation.seeds[0], len(evaluation.seeds), STEPS, NUM_RMSE]
+    digest.update(json.dumps(settings).encode())
     path = folder / "evaluation" / digest.hexdigest()[:16]
     rows_file, solution_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    if rows_file.exists() and solution_file.exists() and not fresh:
-        return read_json(rows_file), read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
-    print(f"measuring the teacher at w = {evaluation.w} with {len(evaluation.seeds)} images; stored in {path.parent} for next time", flush=True)
-    solution = evaluation.sample(evaluation.solution, min(NUM_RMSE, len(evaluation.seeds)), "Signal-ODE solution").half()
-    rows = [{"sampler": "ddim", "steps": k, "nfe": k * (1 if evaluation.w == 1 else 2)}
-            | evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution.float()) for k in STEPS]
-    write_file(solution_file, lambda p: save_file({"solution": solution}, p))
-    write_json(rows_file, rows)
-    return rows, solution.float()
+    stored = rows_file.exists() and solution_file.exists() and not fresh
+    rows = read_json(rows_file) if stored else []
+    if len(rows) < len(STEPS):
+        print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
+    if not stored:
+        solution = evaluation.sample(evaluation.solution, min(NUM_RMSE, len(evaluation.seeds)), "Signal-ODE solution")
+        write_file(solution_file, lambda p: save_file({"solution": solution.half().cpu()}, p))
+    solution = read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
+    for k in STEPS[len(rows):]:                                             # each is stored at once: an interrupted measurement goes on
+        nfe = k * (1 if evaluation.w == 1 else 2)
+        rows.append({"sampler": "ddim", "steps": k, "nfe": nfe} | evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution))
+        write_json(rows_file, rows)
+    return rows, solution
 
 
 def table(rows):
@@ -133,38 +143,39 @@ def table(rows):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--student", type=Path, default=TINY / "student", help="folder that train.py wrote (default: the shipped one)")
-    p.add_argument("--guidance", type=float, help="w of teacher and student (default: the student's own)")
+    p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
+    p.add_argument("--guidance", type=float, help="w of teacher and student, for a student trained on a range (default: its middle)")
     p.add_argument("--images", type=int, default=5000, help="the Frechet distance of fewer is larger: compare like with like")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, help="where the figures go, and the picture beside them (default: STUDENT/evaluation.json)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
-    student = load_student(args.student)
-    ranged = isinstance(student.guidance, list)
-    if args.guidance is not None and not ranged and args.guidance != student.guidance:
-        raise BadInput(f"this student's guidance is fixed at {student.guidance}; --guidance {args.guidance} is for one trained on a range")
-    w = args.guidance if args.guidance is not None else sum(student.guidance) / 2 if ranged else student.guidance
-    if not (student.teacher.folder / "judge").is_dir():
-        raise BadInput(f"teacher {student.teacher.spec} has no judge/ to measure its pictures with; the embedded teacher has")
+    student = load_student(args.student, args.teacher, pick_device(args.device))
+    teacher, w = student.teacher, student.pick_guidance(args.guidance)
+    if not (teacher.folder / "judge").is_dir():
+        raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; the embedded teacher has")
 
-    evaluation = Evaluation(student.teacher, args.images, w, args.seed)
+    evaluation = Evaluation(student, args.images, w, args.seed)
     rows, solution = teacher_rows(evaluation, args.fresh)
-    one_step = lambda eps, cond: student(eps, 0, cond, w)
-    rows.append({"sampler": "student", "steps": 1, "nfe": 1} | evaluation.measure(one_step, "student", solution))
-    samplers = [one_step if row["sampler"] == "student" else evaluation.ddim(row["steps"]) for row in rows]
-    for row, sampler in zip(rows, samplers):
-        row["images_per_s"] = evaluation.speed(sampler)
+    rows.append({"sampler": "student", "steps": 1, "nfe": 1} | evaluation.measure(evaluation.one_step, "student", solution))
+    step, one, decode = map(evaluation.seconds, (evaluation.ddim(1), evaluation.one_step, lambda eps, cond: teacher.decode(eps)))
+    for row in rows:
+        row["images_per_s"] = 1 / (decode + (one if row["sampler"] == "student" else row["steps"] * step))
 
-    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images; rmse to the Signal-ODE's solution, first "
-          f"{len(solution)} noises\n{table(rows)}")
-    print("the judge's own accuracy on the real test split: " + ", ".join(f"{k} {v:.1%}" for k, v in evaluation.config["accuracy"].items()))
+    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images; rmse to the Signal-ODE's solution on the "
+          f"first {len(solution)} noises; images/s from one step and one decoding, timed now\n{table(rows)}")
+    accuracy = evaluation.config["accuracy"]
+    print("the judge's own accuracy on the real test split: " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
     out = args.json or args.student / "evaluation.json"
-    write_json(out, {"teacher": student.teacher.spec, "student": str(args.student), "images": args.images, "guidance": w, "rows": rows})
+    write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w, "judge": accuracy, "rows": rows})
+    samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]
     with torch.no_grad():
-        sheet = [to_pil(student.teacher.decode(sampler(*evaluation.inputs(slice(0, 10))))) for sampler in samplers]
-    write_file(out.with_suffix(".png"), lambda path: grid(sheet).resize((3 * 320, 3 * 32 * len(sheet)), 0).save(path, "PNG"))
+        pictures = [to_pil(teacher.decode(sampler(*evaluation.inputs(slice(0, 10))))) for sampler in samplers]
+    whole = sheet(pictures)
+    write_file(out.with_suffix(".png"), lambda path: whole.resize((3 * whole.width, 3 * whole.height), 0).save(path, "PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

@@ -1,8 +1,8 @@
-"""Train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST, and everything under tiny/ but the student.
+"""Make everything under tiny/: train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
-    python -m tools.train_tiny                      all stages; the same command resumes
-    python -m tools.train_tiny --stages unet        one of them again: tokenizer, vae, judge, unet
+    python -m tools.train_tiny                                          all of the teacher; the same command resumes
+    python -m tools.train_tiny --stages student --student runs/best     ship that student of it, in half precision
 """
 
 import argparse
@@ -10,7 +10,6 @@ import gzip
 import itertools
 import json
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -18,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, noisy
-from teacher import VISIBLE, Tokenizer, write_json
+from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student, pick_device, save_student, write_file,
+                     write_json)
 from tools.judge import Judge, article, load_judge, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -34,7 +34,7 @@ COMBINATIONS = [(g, *pair) for g in range(len(GARMENTS)) for pair in PAIRS]
 HELD_OUT = set(random.Random(0).sample(COMBINATIONS, len(COMBINATIONS) // 10))              # never trained on
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-             "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0,
+             "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
              "timestep_spacing": "trailing", "trained_betas": None}
 VAE_CONFIG = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64], "layers_per_block": 1,
               "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3,
@@ -43,8 +43,8 @@ TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_mode
                "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 77,
                "layer_norm_eps": 1e-5, "projection_dim": 64, "pad_token_id": 0}
 UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": [2, 3], "block_out_channels": [64, 96],
-               "cross_attention_dim": 64, "down_block_types": ["CrossAttnDownBlock2D"] * 2, "flip_sin_to_cos": True, "freq_shift": 0,
-               "up_block_types": ["CrossAttnUpBlock2D"] * 2, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+               "cross_attention_dim": 64, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "flip_sin_to_cos": True, "freq_shift": 0,
+               "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
                "norm_eps": 1e-5, "norm_num_groups": 16, "sample_size": 8, "use_linear_projection": True}
 MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
                "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
@@ -56,8 +56,11 @@ MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "
 def read_split(folder, split):
     """Fashion-MNIST from its idx files: garments (N, 32, 32) float in [0, 1], labels (N,)."""
     def read(kind, header):
-        with gzip.open(Path(folder) / f"{split}-{kind}-ubyte.gz") as file:
-            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
+        try:
+            with gzip.open(Path(folder) / f"{split}-{kind}-ubyte.gz") as file:
+                return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
+        except FileNotFoundError as error:
+            raise BadInput(f"{error.filename} is missing: apt-get install dataset-fashion-mnist, or --data FOLDER") from None
     return F.pad(read("images-idx3", 16).view(-1, 28, 28).float() / 255, (2, 2, 2, 2)), read("labels-idx1", 8).long()
 
 
@@ -72,8 +75,8 @@ def tint(garments, colour, background):
 def draw_batch(split, batch, rng, combinations):
     """A batch of tinted images and their (garment, colour, background), labels (B, 3)."""
     garments, labels = split
-    index = torch.randint(len(garments), (batch,), generator=rng)
     pairs = [[c[1:] for c in combinations if c[0] == g] for g in range(len(GARMENTS))]
+    index = torch.randint(len(garments), (batch,), generator=rng)
     choice = torch.rand(batch, generator=rng).tolist()
     pair = torch.tensor([pairs[g][int(u * len(pairs[g]))] for g, u in zip(labels[index].tolist(), choice)])
     return tint(garments[index], *pair.T), torch.cat([labels[index, None], pair], 1)
@@ -93,49 +96,49 @@ def phrasings(garment, colour, background):
 
 
 def fit(name, modules, loss, args, steps, lr, batch):
-    """Minimise loss(step generator) over the modules' parameters: AdamW, warm-up, cosine to zero; returns their average.
+    """Minimise loss(rng, batch) over the modules' parameters, and leave in them their average over the run's end.
 
-    Resumes from WORK/NAME.pt. The batch of a step depends on (seed, step) alone, so an interrupted run ends as another.
+    AdamW, warm-up, cosine to zero. Resumes from WORK/NAME.pt (delete it to train anew). The batch of a step depends on
+    (seed, step) alone, so an interrupted run ends where an uninterrupted one does.
     """
-    path, start = args.work / f"{name}.pt", 0
-    params = [p for m in modules for p in m.parameters()]
+    path, start, began = args.work / f"{name}.pt", 0, time.time()
+    params = [p for m in modules for p in m.to(args.device).parameters()]
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = lambda k: min((k + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * k / steps))
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         start = state["step"]
-        for p, a, saved, saved_average in zip(params, average, state["params"], state["average"]):
+        for p, a, saved, saved_average in zip(params, average, state["params"], state["average"], strict=True):
             p.data.copy_(saved), a.copy_(saved_average)
         optimizer.load_state_dict(state["optimizer"])
         print(f"{name}: resuming at step {start} of {steps}")
-    began, bar = time.time(), tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)
-    for step in bar:
+    for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)):
         rng = torch.Generator().manual_seed(args.seed * 10**9 + step)
         value = loss(rng, batch)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = lr * schedule(step)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
+        with torch.no_grad():
+            for a, p in zip(average, params):
+                a.lerp_(p, 1 - min(0.999, (step + 1) / (step + 10)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
             with open(args.work / f"{name}.jsonl", "a") as log:
                 log.write(json.dumps({"step": step, "loss": value.item(), "seconds": round(time.time() - began, 1)}) + "\n")
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            torch.save({"step": step + 1, "params": [p.detach() for p in params], "average": average,
-                        "optimizer": optimizer.state_dict()}, f"{path}.new")
-            os.replace(f"{path}.new", path)
+            state = {"step": step + 1, "params": [p.detach() for p in params], "average": average, "optimizer": optimizer.state_dict()}
+            write_file(path, lambda p: torch.save(state, p))
     for p, a in zip(params, average):
         p.data.copy_(a)
 
 
-def save(folder, module, config, name="diffusion_pytorch_model.safetensors"):
-    folder.mkdir(parents=True, exist_ok=True)
+def save(folder, module, config, name=WEIGHTS):
+    """A network in half precision."""
+    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}
     write_json(folder / "config.json", config)
-    save_file({k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}, folder / name, {"format": "pt"})
+    write_file(folder / name, lambda p: save_file(state, p, {"format": "pt"}))
 
 
 def make_tokenizer(args):
@@ -158,20 +161,19 @@ def make_tokenizer(args):
     symbols = sorted(chr(VISIBLE.get(byte, byte)) for byte in range(256))
     vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     folder = args.out / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
+    write_file(folder / "merges.txt", lambda p: p.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8"))
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!", "unk_token": "<|endoftext|>"}
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
     write_json(args.out / "model_index.json", MODEL_INDEX)
-    (args.out / "scheduler").mkdir(exist_ok=True)
     write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
     seen = [text for c in COMBINATIONS if c not in HELD_OUT for text in phrasings(*names(c))]
-    (args.out / "prompts.txt").write_text("\n".join(seen) + "\n")
+    write_file(args.out / "prompts.txt", lambda p: p.write_text("\n".join(seen) + "\n"))
 
 
 def names(combination):
+    """The words of a combination's three numbers."""
     g, c, b = combination
     return GARMENTS[g], list(COLOURS)[c], list(COLOURS)[b]
 
@@ -182,54 +184,53 @@ def train_vae(args, train):
     vae = VAE(VAE_CONFIG)
 
     def loss(rng, batch):
-        images, _ = draw_batch(train, batch, rng, COMBINATIONS)
+        images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(args.device)
         mean, logvar = vae.moments(images)
-        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng)
+        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).to(args.device)
         error = vae.decode(latents * vae.scale) - images
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-3 * kl
 
     fit("vae", [vae], loss, args, args.vae_steps, 2e-3, 32)
     with torch.no_grad():
-        mean, _ = vae.moments(draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)[0])
+        mean, _ = vae.moments(draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)[0].to(args.device))
     save(args.out / "vae", vae, dict(VAE_CONFIG, scaling_factor=round(1 / mean.std().item(), 5)))
 
 
 def train_judge(args, train):
+    """The judge, on all combinations."""
     torch.manual_seed(args.seed)
-    judge = Judge(len(GARMENTS), len(COLOURS))
+    config = {"garments": GARMENTS, "colours": list(COLOURS), "held_out": [names(c) for c in sorted(HELD_OUT)]}
+    judge = Judge(config)
 
     def loss(rng, batch):
         images, labels = draw_batch(train, batch, rng, COMBINATIONS)
-        return sum(F.cross_entropy(logits, label) for logits, label in zip(judge.answers(judge(images)), labels.T))
+        return sum(F.cross_entropy(a, label) for a, label in zip(judge.answers(judge(images.to(args.device))), labels.to(args.device).T))
 
     fit("judge", [judge], loss, args, args.judge_steps, 2e-3, 64)
-    save(args.out / "judge", judge, {"garments": GARMENTS, "colours": list(COLOURS), "held_out": [names(c) for c in sorted(HELD_OUT)]}, "judge.safetensors")
+    save(args.out / "judge", judge, config, "judge.safetensors")
 
 
+@torch.no_grad()
 def measure_reference(args, test):
     """The judge on the real test split, every picture in a random tint: 5,000 features, and its own accuracy."""
-    judge, config, _ = load_judge(args.out / "judge")
+    judge, config = load_judge(args.out / "judge")
     rng = torch.Generator().manual_seed(args.seed)
-    pair = torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[0]),), generator=rng)]
-    labels, features = torch.cat([test[1][:, None], pair], 1), []
-    with torch.no_grad():
-        for k in range(0, len(pair), 500):
-            features.append(judge(tint(test[0][k:k + 500], *pair[k:k + 500].T)))
-        features = torch.cat(features)
-        right = torch.stack([logits.argmax(1) == label for logits, label in zip(judge.answers(features), labels.T)], 1)
+    labels = torch.cat([test[1][:, None], torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[1]),), generator=rng)]], 1)
+    features = torch.cat([judge(tint(garments, *part[:, 1:].T)) for garments, part in zip(test[0].split(500), labels.split(500))])
+    right = torch.stack([a.argmax(1) for a in judge.answers(features)], 1) == labels
     accuracy = dict(zip(("garment", "colour", "background", "all"), [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]))
+    reference = {"features": features[torch.randperm(len(features), generator=rng)[:5000]].half()}
+    write_file(args.out / "judge" / "reference.safetensors", lambda p: save_file(reference, p))
     write_json(args.out / "judge" / "config.json", dict(config, accuracy=accuracy))
-    save_file({"features": features[torch.randperm(len(features), generator=rng)[:5000]].half()}, args.out / "judge" / "reference.safetensors")
-    print("judge on the real test split:", accuracy)
+    print("the judge on the real test split:", accuracy)
 
 
 def train_unet(args, train):
     """Denoising of latents, epsilon prediction; the text encoder learns along."""
     torch.manual_seed(args.seed)
     tokenizer, schedule = Tokenizer.from_folder(args.out / "tokenizer"), Schedule(SCHEDULER)
-    vae = VAE(json.loads((args.out / "vae" / "config.json").read_text())).requires_grad_(False)
-    vae.load_state_dict({k: v.float() for k, v in load_file(args.out / "vae" / "diffusion_pytorch_model.safetensors").items()})
+    vae = load_module(VAE, args.out / "vae", args.device, torch.float32)
     vocabulary = json.loads((args.out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     text_config = dict(TEXT_CONFIG, vocab_size=len(vocabulary), bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"])
     unet, text_encoder = UNet(UNET_CONFIG).to(memory_format=torch.channels_last), TextEncoder(text_config)
@@ -238,10 +239,10 @@ def train_unet(args, train):
     def loss(rng, batch):
         images, labels = draw_batch(train, batch, rng, seen)
         with torch.no_grad():
-            x_0 = vae.encode(images)
-        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng)
-        eps = torch.randn(x_0.shape, generator=rng)
-        text = text_encoder(tokenizer(captions(labels, rng)))
+            x_0 = vae.encode(images.to(args.device))
+        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(args.device)
+        eps = torch.randn(x_0.shape, generator=rng).to(args.device)
+        text = text_encoder(tokenizer(captions(labels, rng)).to(args.device))
         return F.mse_loss(unet(noisy(x_0, eps, t, schedule), t - 1, text), eps)
 
     fit("unet", [unet, text_encoder], loss, args, args.unet_steps, 1e-3, 64)
@@ -249,30 +250,43 @@ def train_unet(args, train):
     save(args.out / "text_encoder", text_encoder, text_config, "model.safetensors")
 
 
+def ship_student(args):
+    """tiny/student: a trained student in half precision, of the teacher that is there."""
+    student = load_student(args.student, args.out)
+    student.teacher.spec = "tiny"
+    save_student(args.out / "student", student, dtype=torch.float16)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
-    parser.add_argument("--out", type=Path, default=Path("tiny"), help="the teacher's folder")
-    parser.add_argument("--work", type=Path, default=Path("runs/train_tiny"), help="checkpoints and logs; delete to start anew")
-    parser.add_argument("--stages", nargs="+", default=["tokenizer", "vae", "judge", "unet"], choices=["tokenizer", "vae", "judge", "unet"])
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--judge-steps", type=int, default=5000)
-    parser.add_argument("--unet-steps", type=int, default=8000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    stages = ("tokenizer", "vae", "judge", "unet", "student")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
+    p.add_argument("--out", type=Path, default=TINY, help="the teacher's folder")
+    p.add_argument("--work", type=Path, default=Path("runs/train_tiny"), help="checkpoints and logs; delete a stage's .pt to train it anew")
+    p.add_argument("--stages", nargs="+", default=stages[:4], choices=stages)
+    p.add_argument("--vae-steps", type=int, default=6000)
+    p.add_argument("--judge-steps", type=int, default=6000)
+    p.add_argument("--unet-steps", type=int, default=6000)
+    p.add_argument("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    args = p.parse_args()
+    args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    train = read_split(args.data, "train")
-    for stage in args.stages:
-        if stage == "tokenizer":
-            make_tokenizer(args)
-        if stage == "vae":
-            train_vae(args, train)
-        if stage == "judge":
-            train_judge(args, train)
-            measure_reference(args, read_split(args.data, "t10k"))
-        if stage == "unet":
-            train_unet(args, train)
+    if set(args.stages) & {"vae", "judge", "unet"}:
+        train = read_split(args.data, "train")
+    if "tokenizer" in args.stages:
+        make_tokenizer(args)
+    if "vae" in args.stages:
+        train_vae(args, train)
+    if "judge" in args.stages:
+        train_judge(args, train)
+        measure_reference(args, read_split(args.data, "t10k"))
+    if "unet" in args.stages:
+        train_unet(args, train)
+    if "student" in args.stages:
+        ship_student(args)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
