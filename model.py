@@ -1,4 +1,4 @@
-"""The networks of Stable Diffusion, written by hand: U-Net, VAE and CLIP text encoder, from their published configs.
+"""Stable Diffusion's networks by hand, from their published configs: U-Net, VAE and CLIP text encoder.
 
 Every module carries the name it has in the published checkpoints, so a state dict loads as it is.
 """
@@ -24,7 +24,7 @@ def per_level(value, levels):
 
 
 def sinusoid(t, dim, flip=False, shift=0):
-    """Sinusoidal embedding of t (B,) -> (B, dim), always float32: sines then cosines (Vaswani et al. 2017), or flipped."""
+    """Sinusoids of t (B,) -> (B, dim), always float32: sines, cosines (Vaswani et al. 2017), or flipped."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - shift))
     angle = t.float()[:, None] * frequency
@@ -32,9 +32,9 @@ def sinusoid(t, dim, flip=False, shift=0):
 
 
 def guidance_sinusoid(w, dim):
-    """Embedding of the guidance scale w (B,) -> (B, dim), as latent consistency models have it (Luo et al. 2023).
+    """Embedding of the guidance scale w (B,) -> (B, dim), as in latent consistency models (Luo et al. 2023).
 
-    The angles reach thousands, so float32's rounding of the frequencies shows: the order of operations is theirs.
+    The angles reach thousands, so float32's rounding of frequencies shows: the order of operations is theirs.
     """
     frequency = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000) / (dim // 2 - 1)))
     angle = (w.float() - 1)[:, None] * 1000 * frequency
@@ -42,7 +42,7 @@ def guidance_sinusoid(w, dim):
 
 
 def upsample(x, size):
-    """Nearest neighbour to the skip connection's own size, which need not be exactly double: any image size works."""
+    """Nearest neighbour to the skip connection's own size, not always exactly double: any size works."""
     return F.interpolate(x, size=size, mode="nearest")
 
 
@@ -58,7 +58,7 @@ class Conv(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two convolutions on a residual stream, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between them."""
+    """Two residual convolutions, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between."""
 
     def __init__(self, c_in, c_out, c_emb, groups, eps):
         super().__init__()
@@ -121,7 +121,8 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, c_text, heads)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.ff.net = nn.ModuleList(
+            [GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x, text):
         x = x + self.attn1(self.norm1(x))
@@ -136,7 +137,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, c_text) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, c_text) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, text):
@@ -147,12 +149,12 @@ class Transformer(nn.Module):
 
 
 def project(layer, z):
-    """SD 1.x projects with a 1x1 convolution, SD 2.x with a linear layer: the same product, other weight shapes."""
+    """SD 1.x projects by 1x1 convolution, SD 2.x by linear layer: the same product, other weight shapes."""
     return F.linear(z, layer.weight.flatten(1), layer.bias)
 
 
 class Block(nn.Module):
-    """One resolution of the U-Net or VAE: resnets, each followed by attention where there is any, then a sampler."""
+    """One resolution of the U-Net or VAE: resnets, each followed by attention if any, then a sampler."""
 
     def __init__(self, resnets, attentions=(), downsample=None, upsample=None):
         super().__init__()
@@ -166,7 +168,7 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids to the embedding that every resnet sees; `cond_proj` adds the guidance scale to a student's."""
+    """Sinusoids to the embedding every resnet sees; `cond_proj` adds the guidance scale to a student's."""
 
     def __init__(self, c_in, c_emb, c_guidance=None):
         super().__init__()
@@ -185,8 +187,8 @@ class TimeEmbedding(nn.Module):
 class UNet(nn.Module):
     """The denoiser of Stable Diffusion 1.x and 2.x (`UNet2DConditionModel`), from its published config dict.
 
-    A student is the same network with `class_embed_type="timestep"`, its embedding of the target time, and with
-    `time_cond_proj_dim`, its embedding of the guidance scale.
+    A student is the same network with `class_embed_type="timestep"`, its embedding of the target time, and
+    with `time_cond_proj_dim`, its embedding of the guidance scale.
     """
 
     def __init__(self, config):
@@ -194,17 +196,20 @@ class UNet(nn.Module):
         self.config = dict(config)
         channels = config["block_out_channels"]
         levels, c_emb = len(channels), 4 * channels[0]
-        heads = per_level(config.get("num_attention_heads") or config["attention_head_dim"], levels)  # the published name lies
+        # attention_head_dim is the number of heads: the published name lies
+        heads = per_level(config.get("num_attention_heads") or config["attention_head_dim"], levels)
         depth = per_level(config.get("transformer_layers_per_block", 1), levels)
-        layers, groups, eps = config["layers_per_block"], config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
-        linear = config.get("use_linear_projection", False)
+        layers, groups = config["layers_per_block"], config.get("norm_num_groups", 32)
+        eps, linear = config.get("norm_eps", 1e-5), config.get("use_linear_projection", False)
         for key, *values in (("act_fn", "silu"), ("downsample_padding", 1), ("center_input_sample", False),
-                             ("mid_block_scale_factor", 1), ("dual_cross_attention", False), ("num_class_embeds", None),
-                             ("only_cross_attention", False), ("addition_embed_type", None), ("attention_bias", False),
+                             ("mid_block_scale_factor", 1), ("dual_cross_attention", False),
+                             ("num_class_embeds", None), ("only_cross_attention", False),
+                             ("addition_embed_type", None), ("attention_bias", False),
                              ("resnet_time_scale_shift", "default"), ("class_embed_type", None, "timestep"),
                              ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("encoder_hid_dim_type", None),
-                             ("time_embedding_type", "positional"), ("time_embedding_act_fn", None), ("timestep_post_act", None),
-                             ("resnet_out_scale_factor", 1.0), ("resnet_skip_time_act", False), ("cross_attention_norm", None),
+                             ("time_embedding_type", "positional"), ("time_embedding_act_fn", None),
+                             ("timestep_post_act", None), ("resnet_out_scale_factor", 1.0),
+                             ("resnet_skip_time_act", False), ("cross_attention_norm", None),
                              ("conv_in_kernel", 3), ("conv_out_kernel", 3)):
             supported(key, config.get(key, values[0]), *values)             # the first value is the default
 
@@ -212,7 +217,8 @@ class UNet(nn.Module):
             return Resnet(c_in, c_out, c_emb, groups, eps)
 
         def transformer(level):
-            return Transformer(channels[level], heads[level], config["cross_attention_dim"], groups, linear, depth[level])
+            c_text = config["cross_attention_dim"]
+            return Transformer(channels[level], heads[level], c_text, groups, linear, depth[level])
 
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], c_emb, config.get("time_cond_proj_dim"))
@@ -220,25 +226,25 @@ class UNet(nn.Module):
             self.class_embedding = TimeEmbedding(channels[0], c_emb)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skips, c = [channels[0]], channels[0]                               # channels of every skip connection
+        skips, c = [channels[0]], channels[0]                               # channels of each skip connection
         for level, kind in enumerate(config["down_block_types"]):
-            attend = supported("down_block_types", kind, "DownBlock2D", "CrossAttnDownBlock2D") != "DownBlock2D"
+            supported("down_block_types", kind, "DownBlock2D", "CrossAttnDownBlock2D")
             resnets = [resnet(c if j == 0 else channels[level], channels[level]) for j in range(layers)]
             c, last = channels[level], level == levels - 1
-            self.down_blocks.append(Block(resnets, [transformer(level) for _ in range(layers)] if attend else (),
-                                          downsample=None if last else Conv(c, 2, 1)))
+            attentions = [transformer(level) for _ in range(layers)] if kind != "DownBlock2D" else ()
+            self.down_blocks.append(Block(resnets, attentions, downsample=None if last else Conv(c, 2, 1)))
             skips += [c] * (layers if last else layers + 1)
 
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [transformer(-1)])
 
         for level, kind in zip(reversed(range(levels)), config["up_block_types"]):
-            attend = supported("up_block_types", kind, "UpBlock2D", "CrossAttnUpBlock2D") != "UpBlock2D"
+            supported("up_block_types", kind, "UpBlock2D", "CrossAttnUpBlock2D")
             resnets = []
             for _ in range(layers + 1):
                 resnets.append(resnet(c + skips.pop(), channels[level]))
                 c = channels[level]
-            self.up_blocks.append(Block(resnets, [transformer(level) for _ in resnets] if attend else (),
-                                        upsample=Conv(c, 1, 1) if level > 0 else None))
+            attentions = [transformer(level) for _ in resnets] if kind != "UpBlock2D" else ()
+            self.up_blocks.append(Block(resnets, attentions, upsample=Conv(c, 1, 1) if level > 0 else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
@@ -247,14 +253,18 @@ class UNet(nn.Module):
         """Raw output (B, out, h, w), float32, for x (B, in, h, w) at timestep index t (B,).
 
         text: (B, L, D). target: (B,), the time a student shall predict; guidance: (B,), its guidance scale w.
-        The last norm and convolution run in their own dtype, float32, under any autocast (see clean_prediction).
+        The last norm and convolution run in their own dtype, float32, under any autocast (see
+        clean_prediction).
         """
-        if hasattr(self, "class_embedding") != (target is not None) or hasattr(self.time_embedding, "cond_proj") != (guidance is not None):
-            raise ValueError("a student takes the target time, and guidance if trained for a range; a teacher takes neither")
-        width, flip, shift = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
+        ranged = hasattr(self.time_embedding, "cond_proj")
+        if hasattr(self, "class_embedding") != (target is not None) or ranged != (guidance is not None):
+            raise ValueError("a student takes the target time, and guidance if trained for a range; "
+                             "a teacher takes neither")
+        width, flip = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True)
+        shift = self.config.get("freq_shift", 0)
         if guidance is not None:
             guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
-        emb = self.time_embedding(sinusoid(t, width, flip, shift), guidance)                     # (B, 4 * width)
+        emb = self.time_embedding(sinusoid(t, width, flip, shift), guidance)            # (B, 4 * width)
         if target is not None:
             emb = emb + self.class_embedding(sinusoid(target, width, flip, shift))
 
@@ -302,13 +312,14 @@ class VAEAttention(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] to latents (B, 4, h, w) and back (`AutoencoderKL`), from its published config."""
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, 4, h, w) and back (`AutoencoderKL`), from its config."""
 
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
         self.scale = config.get("scaling_factor", 0.18215)
-        channels, layers, groups = config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32)
+        channels, layers = config["block_out_channels"], config["layers_per_block"]
+        groups = config.get("norm_num_groups", 32)
         c_latent, levels = config["latent_channels"], len(channels)
         supported("act_fn", config.get("act_fn", "silu"), "silu")
         supported("shift_factor", config.get("shift_factor"), None)
@@ -321,14 +332,18 @@ class VAE(nn.Module):
         self.encoder, self.decoder = nn.Module(), nn.Module()
         self.encoder.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.encoder.down_blocks = nn.ModuleList(
-            Block(resnets(channels[max(k - 1, 0)], channels[k], layers), downsample=Conv(channels[k], 2, 0) if k < levels - 1 else None)
+            Block(resnets(channels[max(k - 1, 0)], channels[k], layers),
+                  downsample=Conv(channels[k], 2, 0) if k < levels - 1 else None)
             for k in range(levels))
         self.decoder.conv_in = nn.Conv2d(c_latent, channels[-1], 3, padding=1)
         self.decoder.up_blocks = nn.ModuleList(
-            Block(resnets(channels[min(k + 1, levels - 1)], channels[k], layers + 1), upsample=Conv(channels[k], 1, 1) if k > 0 else None)
+            Block(resnets(channels[min(k + 1, levels - 1)], channels[k], layers + 1),
+                  upsample=Conv(channels[k], 1, 1) if k > 0 else None)
             for k in reversed(range(levels)))
-        for coder, c, c_out in ((self.encoder, channels[-1], 2 * c_latent), (self.decoder, channels[0], config["out_channels"])):
-            coder.mid_block = Block(resnets(channels[-1], channels[-1], 2), [VAEAttention(channels[-1], groups)])
+        for coder, c, c_out in ((self.encoder, channels[-1], 2 * c_latent),
+                                (self.decoder, channels[0], config["out_channels"])):
+            coder.mid_block = Block(resnets(channels[-1], channels[-1], 2),
+                                    [VAEAttention(channels[-1], groups)])
             coder.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
             coder.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
@@ -341,7 +356,7 @@ class VAE(nn.Module):
             for resnet in block.resnets:
                 x = resnet(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](F.pad(x, (0, 1, 0, 1)))           # right and bottom only: so it was trained
+                x = block.downsamplers[0](F.pad(x, (0, 1, 0, 1)))           # right and bottom, as in training
         x = middle(self.encoder.mid_block, x)
         x = self.encoder.conv_out(F.silu(self.encoder.conv_norm_out(x)))
         mean, logvar = self.quant_conv(x).chunk(2, 1)
@@ -377,9 +392,11 @@ class TextLayer(nn.Module):
         self.act = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[
             supported("hidden_act", config.get("hidden_act", "quick_gelu"), "gelu", "quick_gelu")]
         self.layer_norm1 = nn.LayerNorm(width, eps)
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.self_attn = nn.ModuleDict(
+            {f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.layer_norm2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config["intermediate_size"]), "fc2": nn.Linear(config["intermediate_size"], width)})
+        hidden = config["intermediate_size"]
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x):
         h, attn = self.layer_norm1(x), self.self_attn
@@ -390,7 +407,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer (`CLIPTextModel`), from its published config: token ids (B, 77) -> hidden states (B, 77, D)."""
+    """CLIP's text transformer (`CLIPTextModel`), from its config: ids (B, 77) -> hidden states (B, 77, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -400,7 +417,8 @@ class TextEncoder(nn.Module):
         model.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config["vocab_size"], width),
             "position_embedding": nn.Embedding(config["max_position_embeddings"], width)})
-        model.encoder = nn.ModuleDict({"layers": nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))})
+        layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
+        model.encoder = nn.ModuleDict({"layers": layers})
         model.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
 
     def forward(self, ids):

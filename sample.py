@@ -11,19 +11,25 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from teacher import TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil, write_file
+from teacher import (TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil,
+                     write_file)
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--student", type=Path, default=TINY / "student", help="folder that train.py wrote (default: the shipped one)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--student", type=Path, default=TINY / "student",
+                   help="folder that train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=Path, help="text file, one prompt a line")
     p.add_argument("--num", type=int, default=1, help="images of each prompt")
-    p.add_argument("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch")
-    p.add_argument("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
-    p.add_argument("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM in so many steps, left of the student's picture")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of the first image; image N has seed + N, in any batch")
+    p.add_argument("--guidance", type=float,
+                   help="w, for a student trained on a range (default: its middle); 1 is no guidance")
+    p.add_argument("--compare", type=int, nargs="+", default=[], metavar="STEPS",
+                   help="the teacher's DDIM in so many steps, left of the student's picture")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     p.add_argument("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
     p.add_argument("--batch", type=int, default=16, help="images at once; halve it if you run out of memory")
@@ -35,27 +41,33 @@ def parse_args():
 def main():
     args = parse_args()
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    prompts = [text.encode("utf-8", "replace").decode() for text in prompts]                    # a shell may pass what isn't UTF-8
+    # a shell may pass what isn't UTF-8
+    prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
     if not prompts:
         raise BadInput("no prompt: give --prompt TEXT, or --prompts FILE with one a line")
-    student = load_student(args.student, args.teacher, pick_device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    student = load_student(args.student, args.teacher, pick_device(args.device), dtype)
     teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
-    for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6), ("--seed", args.seed, 0, 2**62),
+    for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
+                                   ("--seed", args.seed, 0, 2**62),
                                    *(("--compare", k, 1, schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{name} {value} is not supported: {low} to {high}")
 
-    jobs = [(prompt, args.seed + n * len(prompts) + k) for n in range(args.num) for k, prompt in enumerate(prompts)]
+    jobs = [(prompt, args.seed + n * len(prompts) + k)
+            for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []
     for k in range(0, len(jobs), args.batch):
         texts, seeds = zip(*jobs[k:k + args.batch])
         eps, cond = noise(seeds, teacher.shape).to(teacher.device), teacher.encode(texts)
         with torch.no_grad():
-            latents = [student.solve(eps, cond, schedule.grid(steps), w) for steps in args.compare] + [student(eps, 0, cond, w)]
+            latents = [student.solve(eps, cond, schedule.grid(steps), w) for steps in args.compare]
+            latents.append(student(eps, 0, cond, w))
             columns = [to_pil(teacher.decode(z)) for z in latents]
         for text, seed, *images in zip(texts, seeds, *columns):
             info = PngInfo()
-            for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", args.student), ("compare", args.compare or "")):
+            for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", args.student),
+                               ("compare", args.compare or "")):
                 info.add_itxt(key, str(value))
             pictures.append(sheet([images]))
             path = args.out / f"{seed:06d}.png"
@@ -63,7 +75,8 @@ def main():
             print(f"{path}  {text}")
     if args.grid:
         columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
-        write_file(args.out / "grid.png", lambda p: sheet([pictures[k:k + columns] for k in range(0, len(pictures), columns)]).save(p, "PNG"))
+        rows = [pictures[k:k + columns] for k in range(0, len(pictures), columns)]
+        write_file(args.out / "grid.png", lambda p: sheet(rows, 96).save(p, "PNG"))
         print(args.out / "grid.png")
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of BOOT (Gu et al. 2023, arXiv 2306.05544): schedule, DDIM, the Signal-ODE, and the two losses.
+"""The mathematics of BOOT (Gu et al. 2023, arXiv 2306.05544): schedule, DDIM, Signal-ODE and the two losses.
 
 Pure functions of tensors: nothing here knows a network class, a command line or a process group.
 
@@ -22,10 +22,11 @@ import torch
 
 
 class Schedule:
-    """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64 from a published scheduler config.
+    """alpha, sigma, lam of a variance-preserving diffusion, tabulated in float64 from a published config.
 
-    config: the dict of `scheduler_config.json`. Raises ValueError naming the key, the value and what is supported.
-    A network trained with T = num_train_timesteps calls our time t its index t - 1; t = 0 (alpha = 1) has no index.
+    config: the dict of `scheduler_config.json`. Raises ValueError naming the key, the value and what is
+    supported. A network trained with T = num_train_timesteps calls our time t its index t - 1; t = 0
+    (alpha = 1) has no index.
     """
 
     def __init__(self, config):
@@ -34,7 +35,8 @@ class Schedule:
         kind, T = config.get("beta_schedule", "linear"), self.T
         beta_1, beta_T = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {self.prediction!r} is not supported: epsilon, v_prediction or sample")
+            raise ValueError(f"prediction_type {self.prediction!r} is not supported: "
+                             "epsilon, v_prediction or sample")
         for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
                 raise ValueError(f"{key} {config[key]!r} is not supported: False")
@@ -45,12 +47,14 @@ class Schedule:
         elif kind == "scaled_linear":
             betas = torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2
         elif kind == "squaredcos_cap_v2":                                   # Nichol & Dhariwal 2021, eq. 17
-            abar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            u = torch.arange(T + 1, dtype=torch.float64) / T
+            abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"beta_schedule {kind!r} is not supported: linear, scaled_linear or squaredcos_cap_v2")
+            raise ValueError(f"beta_schedule {kind!r} is not supported: "
+                             "linear, scaled_linear or squaredcos_cap_v2")
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])     # (T + 1,)
-        self.tables = {torch.device("cpu"): (abar.sqrt(), (1 - abar).sqrt())}                   # copied once to each device
+        self.tables = {torch.device("cpu"): (abar.sqrt(), (1 - abar).sqrt())}  # copied once to each device
 
     def table(self, t):
         device = t.device if torch.is_tensor(t) else torch.device("cpu")
@@ -78,16 +82,16 @@ class Schedule:
 
 
 def like(coefficient, x):
-    """A schedule value, () or (B,) float64, shaped and cast to multiply x, (B, ...). The one cast of the tables."""
+    """A schedule value, () or (B,) float64, shaped and cast to multiply x (B, ...): the tables' one cast."""
     coefficient = torch.as_tensor(coefficient).to(x.device, x.dtype)
     return coefficient.view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
 def clean_prediction(out, x_t, t, schedule):
-    """f, the clean sample that a network's raw output at (x_t, t) stands for: epsilon, v or sample prediction.
+    """f, the clean sample a network's raw output at (x_t, t) stands for: epsilon, v or sample prediction.
 
-    In float32 at least: an epsilon output is divided by alpha_T, 15x for Stable Diffusion and 157x for DDPM, and would
-    carry a half-precision rounding error as large as the signal that BOOT learns from.
+    In float32 at least: an epsilon output is divided by alpha_T, 15x for Stable Diffusion and 157x for DDPM,
+    and would carry a half-precision rounding error as large as the signal that BOOT learns from.
     """
     out, x_t = (z if z.dtype == torch.float64 else z.float() for z in (out, x_t))
     alpha_t, sigma_t = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
@@ -99,7 +103,7 @@ def clean_prediction(out, x_t, t, schedule):
 
 
 def guide(f_cond, f_uncond, w):
-    """Classifier-free guidance of clean predictions (Ho & Salimans 2022): w = 1 is no guidance. w: float or (B,)."""
+    """Classifier-free guidance of clean predictions (Ho & Salimans 2022). w: float or (B,); 1 is none."""
     return f_uncond + (like(w, f_cond) if torch.is_tensor(w) else w) * (f_cond - f_uncond)
 
 
@@ -119,13 +123,13 @@ def contraction(t, s, schedule):
 
 
 def ddim_step(x_t, f, t, s, schedule):
-    """DDIM's step from x_t to x_s (Song et al. 2021, eq. 12 without noise): keep the noise estimate, change the scales."""
+    """DDIM's step x_t to x_s (Song et al. 2021, eq. 12 without noise): same noise estimate, new scales."""
     eps_t = (x_t - like(schedule.alpha(t), x_t) * f) / like(schedule.sigma(t), x_t)
     return like(schedule.alpha(s), x_t) * f + like(schedule.sigma(s), x_t) * eps_t
 
 
 def signal_step(y_t, f, t, s, schedule):
-    """The Signal-ODE's step from y_t to y_s: DDIM's with eps cancelled, dy/dt = -lam'(t) (f - y), exact for constant f."""
+    """Signal-ODE step y_t to y_s: DDIM's, eps cancelled, dy/dt = -lam'(t) (f - y), exact for constant f."""
     return y_t + like(1 - contraction(t, s, schedule), y_t) * (f - y_t)
 
 
@@ -137,9 +141,10 @@ def check_solver(solver):
 def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None):
     """The trajectory of one noise under a denoiser, as the list of its states at the times of `grid`.
 
-    denoise: callable (x_t, t) -> f, t an int. grid: decreasing ints, e.g. schedule.grid(50). space "x": DDIM, states
-    x_t from x_T = eps. space "y": the Signal-ODE, states y_t from y_T = f(eps, T), the student's reference. `start`
-    replaces either start. Euler is DDIM; Heun averages f at t and at the predicted s, and is Euler where s = 0.
+    denoise: callable (x_t, t) -> f, t an int. grid: decreasing ints, e.g. schedule.grid(50). space "x": DDIM,
+    states x_t from x_T = eps. space "y": the Signal-ODE, states y_t from y_T = f(eps, T), the student's
+    reference. `start` replaces either start. Euler is DDIM; Heun averages f at t and at the predicted s, and
+    is Euler where s = 0.
     """
     check_solver(solver)
     step = {"x": ddim_step, "y": signal_step}[space]
@@ -148,7 +153,7 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None):
     states = [state]
     for t, s in zip(grid, grid[1:]):
         f = denoise(to_x(state, t), t)
-        if solver == "heun" and s > 0:                                      # f has no value at s = 0, and r = 0 there
+        if solver == "heun" and s > 0:                          # f has no value at s = 0, and r = 0 there
             f = (f + denoise(to_x(step(state, f, t, s, schedule), s), s)) / 2
         state = step(state, f, t, s, schedule)
         states.append(state)
@@ -156,11 +161,11 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None):
 
 
 def student_signal(network, eps, t, i, schedule):
-    """g(eps, t), the student: one pass of the teacher's network at a fixed input time i, told the target time t.
+    """g(eps, t), the student: one pass of the teacher's network at fixed input time i, told target time t.
 
-    network: callable (x_i, i, t) -> raw output. The output means what the teacher's does at (x_i, i), so that before
-    training g(eps, t) == f(sigma_i * eps, i) for every t. The paper has i = T; a smaller i spares the network from
-    reproducing eps, which 1 / alpha_i then amplifies.
+    network: callable (x_i, i, t) -> raw output. The output means what the teacher's does at (x_i, i), so that
+    before training g(eps, t) == f(sigma_i * eps, i) for every t. The paper has i = T; a smaller i spares the
+    network from reproducing eps, which 1 / alpha_i then amplifies.
     """
     x_i = like(schedule.sigma(i), eps) * eps
     return clean_prediction(network(x_i, i, t), x_i, i, schedule)
@@ -172,12 +177,12 @@ def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler"):
     student: callable (eps, t) -> y_t; teacher: callable (x_t, t) -> f. t, s: (B,), s < t. Returns (B, ...).
     """
     check_solver(solver)
-    with torch.no_grad():                           # same weights, no EMA copy: the boundary loss is what pins y
+    with torch.no_grad():                       # same weights, no EMA copy: the boundary loss is what pins y
         y_t = student(eps, t)
         f = teacher(noisy(y_t, eps, t, schedule), t)
         if solver == "heun":
             y_s = signal_step(y_t, f, t, s, schedule)
-            f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1))     # the network has no index for the clean end
+            f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1))     # the clean end has no index
             f = torch.where((s > 0).view(-1, *[1] * (f.ndim - 1)), (f + f_s) / 2, f)
         return signal_step(y_t, f, t, s, schedule)
 
@@ -185,8 +190,8 @@ def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler"):
 def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight=1.0):
     """L_BS per sample, (B,): the student at s against one solver step from the student at t.
 
-    The error is divided by 1 - r, which puts it in units of the clean prediction: the exact form of the paper's
-    1 / (lam' delta)**2. weight: float or (B,).
+    The error is divided by 1 - r, which puts it in units of the clean prediction: the exact form of the
+    paper's 1 / (lam' delta)**2. weight: float or (B,).
     """
     target = bootstrap_target(student, teacher, eps, t, s, schedule, solver)
     error = (student(eps, s) - target) / like(1 - contraction(t, s, schedule), target)
@@ -194,7 +199,7 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight
 
 
 def boundary_loss(student, teacher, eps, schedule):
-    """L_BC per sample, (B,): pins the noise end, g(eps, T) to f(eps, T), where the ODE itself holds nothing."""
+    """L_BC per sample, (B,): pins the noise end, g(eps, T) to f(eps, T), where the ODE holds nothing."""
     T = torch.full((len(eps),), schedule.T, device=eps.device)
     with torch.no_grad():
         target = teacher(eps, T)

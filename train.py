@@ -1,9 +1,10 @@
-"""Distil a diffusion teacher into a one-step student with BOOT: no images, only noise and prompts.
+r"""Distil a diffusion teacher into a one-step student with BOOT: no images, only noise and prompts.
 
     python train.py                                             the embedded teacher on a laptop, minutes
     python train.py --teacher FOLDER --out runs/mine            one GPU, or the CPU where there is none
     torchrun --nproc_per_node=8 train.py --teacher FOLDER       eight GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --teacher FOLDER
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+        train.py --teacher FOLDER
 
 The same command again resumes. Ctrl-C saves and stops.
 """
@@ -24,42 +25,60 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from signal_ode import bootstrap_loss, boundary_loss
-from teacher import (BadInput, command, load_teacher, new_student, noise, pick_device, read_json, read_prompts, read_tensors, save_student,
-                     sheet, to_pil, write_file, write_json)
+from signal_ode import bootstrap_loss, boundary_loss, contraction
+from teacher import (BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
+                     read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
 
 BINS = 4                    # the bootstrap loss is logged by quarter of the time
-BOUNDARY_EVERY = 4          # every 4th sample takes part in the boundary loss: f(eps, T) is easy to learn, and costs as much
+BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: f(eps, T) is easily learned, costs as much
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what")
     g.add_argument("--teacher", default="tiny", help="tiny, or a folder in the diffusers layout")
-    g.add_argument("--out", type=Path, help="where everything goes; the same command resumes from it (default runs/TEACHER)")
-    g.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: the teacher's own prompts.txt)")
+    g.add_argument("--out", type=Path,
+                   help="where everything goes; the same command resumes from it (default runs/TEACHER)")
+    g.add_argument("--prompts", type=Path,
+                   help="text file, one prompt a line (default: the teacher's own prompts.txt)")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=700)
     g.add_argument("--batch", type=int, default=64, help="total over all processes")
-    g.add_argument("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory (default: its whole share)")
+    g.add_argument("--micro-batch", type=int,
+                   help="what one device holds at once; halve it if you run out of memory "
+                        "(default: its whole share)")
     g.add_argument("--lr", type=float, default=5e-4, help="peak; 1e-5 to 1e-4 for Stable Diffusion")
     g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.6, help="last part of the run over which the rate falls linearly to zero; 0 keeps it constant")
-    g.add_argument("--ema", type=float, default=0.99, help="decay of the averaged weights, which are the student; 0.9999 for runs of 100,000 steps")
+    g.add_argument("--decay", type=float, default=0.6,
+                   help="last part of the run over which the rate falls linearly to zero; "
+                        "0 keeps it constant")
+    g.add_argument("--ema", type=float, default=0.99,
+                   help="decay of the averaged weights, which are the student; "
+                        "0.9999 for runs of 100,000 steps")
     g = p.add_argument_group("method")
-    g.add_argument("--guidance", default="3", help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range")
+    g.add_argument("--guidance", default="3",
+                   help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    g.add_argument("--input-time", type=int, default=400, help="time at which the student's input is read, 1..T; the paper has T")
+    g.add_argument("--input-time", type=int, default=400,
+                   help="time at which the student's input is read, 1..T; the paper has T")
     g.add_argument("--num-steps", type=int, default=25, help="K: a bootstrap step spans delta = T / K")
-    g.add_argument("--solver", choices=["euler", "heun"], default="euler", help="heun: a better target from a second teacher call")
-    g.add_argument("--boundary-weight", type=float, default=1.0, help="beta; without it (0) nothing holds the noise end")
+    g.add_argument("--solver", choices=["euler", "heun"], default="euler",
+                   help="heun: a better target from a second teacher call")
+    g.add_argument("--weight", type=float, default=0.0,
+                   help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean image, as "
+                        "the paper does; 2 in units of the signal, which favours the clean end")
+    g.add_argument("--boundary-weight", type=float, default=1.0,
+                   help="beta; without it (0) nothing holds the noise end")
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    g.add_argument("--precision", choices=["fp32", "bf16"], help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
+    g.add_argument("--precision", choices=["fp32", "bf16"],
+                   help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     g.add_argument("--sample-every", type=int, default=100, help="steps between pictures")
-    g.add_argument("--dry-run", action="store_true", help="load and check everything, print the plan, train nothing")
+    g.add_argument("--dry-run", action="store_true",
+                   help="load and check everything, print the plan, train nothing")
     args = p.parse_args()
     args.out = args.out or Path("runs") / Path(args.teacher).name
     try:
@@ -69,8 +88,10 @@ def parse_args():
     if not (all(map(math.isfinite, lo_hi)) and (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1])):
         p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
     args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
-    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
-                            ("decay", 0, 1), ("ema", 0, 1), ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf), ("sample_every", 1, math.inf)):
+    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf),
+                            ("lr", 0, math.inf), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 1),
+                            ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf),
+                            ("sample_every", 1, math.inf)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             p.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
@@ -78,10 +99,10 @@ def parse_args():
 
 
 def draw(seed, step, indices, shape, T, num_prompts, guidance):
-    """Noise, time, prompt and guidance of samples `indices` of a step, each a pure function of (seed, step, index).
+    """Noise, time, prompt, guidance of a step's samples `indices`, each a function of (seed, step, index).
 
-    So a run depends neither on the number of processes nor on where it was interrupted. Returns eps (B, *shape), t (B,)
-    uniform on 1..T, prompt indices (B,), w (B,).
+    So a run depends neither on the number of processes nor on where it was interrupted. Returns eps
+    (B, *shape), t (B,) uniform on 1..T, prompt indices (B,), w (B,).
     """
     eps, t, prompt, w = [], [], [], []
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
@@ -105,10 +126,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(path, network, average, optimizer, step):
-    """All that resume needs, in one file: weights, their average, Adam's moments. No generator: see draw()."""
+    """All that resume needs, in one file: weights, average, Adam's moments. No generator: see draw()."""
     tensors = {}
     for (name, p), a in zip(network.named_parameters(), average):
-        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a} | {f"{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
+        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a}
+        tensors |= {f"{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
     write_file(path, lambda p: save_file(tensors, p, {"step": str(step)}))
 
@@ -129,17 +151,20 @@ def load_state(path, network, average, optimizer):
 
 
 def check_config(path, config):
-    """config.json of an earlier run in this folder must say the same, but for what may change between two stretches."""
-    free = {"steps", "micro_batch", "device", "save_every", "sample_every", "teacher"}         # the fingerprint stands for the teacher
+    """An earlier run's config.json here must say the same, but for what may change between two stretches."""
+    # the fingerprint stands for the teacher
+    free = {"steps", "micro_batch", "device", "save_every", "sample_every", "teacher"}
     if path.exists():
         old = read_json(path)
-        differ = [f"{k} {old.get(k)} there, {config[k]} here" for k in config if k not in free and old.get(k) != config[k]]
+        differ = [f"{k} {old.get(k)} there, {config[k]} here"
+                  for k in config if k not in free and old.get(k) != config[k]]
         if differ:
-            raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
+            raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): "
+                           "repeat its options or choose another --out")
 
 
 def rewind_log(path, step):
-    """Drop what a killed run logged beyond its last checkpoint; returns the seconds that the run has taken so far."""
+    """Drop what a killed run logged beyond its last checkpoint; returns the seconds it has taken so far."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = [line for line in lines if line["step"] <= step]
     if len(kept) < len(lines):
@@ -149,7 +174,7 @@ def rewind_log(path, step):
 
 def main():
     stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):                          # from here on: save at the next step, exit 0
+    for number in (signal.SIGTERM, signal.SIGINT):          # from here on: save at the next step, exit 0
         signal.signal(number, lambda *_: stop.append(True))
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -181,24 +206,29 @@ def main():
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     for p in params:
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(0.0)} | {m: torch.zeros_like(p) for m in MOMENTS}
 
-    state_file, log_file, start, seconds = args.out / "state" / "state.safetensors", args.out / "log.jsonl", 0, 0
+    state_file, log_file = args.out / "state" / "state.safetensors", args.out / "log.jsonl"
+    start, seconds = 0, 0
     if rank == 0 and state_file.exists():
         start = load_state(state_file, network, average, optimizer)
-    if world > 1:                                                           # only the first process need see the checkpoint
+    if world > 1:                                           # only the first process need see the checkpoint
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         start = torch.tensor(start, device=device)
-        for tensor in [start, *(p.data for p in params), *average, *(optimizer.state[p][m] for p in params for m in MOMENTS)]:
+        moments = [optimizer.state[p][m] for p in params for m in MOMENTS]
+        for tensor in [start, *(p.data for p in params), *average, *moments]:
             dist.broadcast(tensor, 0)
         start = start.item()
         for p in params:
             optimizer.state[p]["step"].fill_(start)
     if rank == 0:
-        print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: {sum(p.numel() for p in params) / 1e6:.1f} M parameters, "
-              f"{len(prompts)} prompts, {args.steps} steps of {args.batch}" + (f", resuming at step {start}" if start else ""), flush=True)
+        millions = sum(p.numel() for p in params) / 1e6
+        resuming = f", resuming at step {start}" if start else ""
+        print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
+              f"{millions:.1f} M parameters, {len(prompts)} prompts, {args.steps} steps of {args.batch}"
+              f"{resuming}", flush=True)
     if args.dry_run:
         return
 
@@ -207,20 +237,28 @@ def main():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def losses(step, indices):
-        """Backpropagate these samples' share of the step's loss; returns what to log: sums and counts by time, and boundary."""
-        eps, t, prompt, w = draw(args.seed, step, indices, teacher.shape, schedule.T, len(prompts), args.guidance)
+        """Backpropagate these samples' share of the step's loss.
+
+        Returns what to log: sums and counts by time, and boundary.
+        """
+        eps, t, prompt, w = draw(args.seed, step, indices, teacher.shape, schedule.T, len(prompts),
+                                 args.guidance)
         eps, t, w = eps.to(device), t.to(device), w.to(device)
         cond = teacher.encode([prompts[k] for k in prompt])                 # (B, 77, D)
         end = [n for n, i in enumerate(indices) if i % BOUNDARY_EVERY == 0]
 
         def on(part):
-            """Student and teacher as functions of a signal's noise and time, for these samples' prompts and guidance."""
+            """Student and teacher as functions of noise and time, for these samples' prompts and guidance."""
             c, v = cond[part], 1.0 if args.guidance == 1 else w[part]
-            return (lambda eps, t: student(eps, t, c, v)), (lambda x_t, t: teacher.denoise(x_t, t, c, v, student.uncond))
+            return (lambda eps, t: student(eps, t, c, v),
+                    lambda x_t, t: teacher.denoise(x_t, t, c, v, student.uncond))
 
+        s, boundary = (t - delta).clamp(min=0), eps.new_zeros(1)
+        weight = (1 - contraction(t, s, schedule)).float() ** args.weight
         with autocast():
-            bootstrap = bootstrap_loss(*on(slice(None)), eps, t, (t - delta).clamp(min=0), schedule, args.solver)        # (B,)
-            boundary = boundary_loss(*on(end), eps[end], schedule) if end and args.boundary_weight else eps.new_zeros(1)
+            bootstrap = bootstrap_loss(*on(slice(None)), eps, t, s, schedule, args.solver, weight)          # (B,)
+            if end and args.boundary_weight:
+                boundary = boundary_loss(*on(end), eps[end], schedule)
         boundary = boundary.sum() / len(range(0, args.batch, BOUNDARY_EVERY))
         (bootstrap.sum() / args.batch + args.boundary_weight * boundary).backward()
         by_time = torch.zeros(2, BINS, device=device).index_add_(
@@ -241,41 +279,49 @@ def main():
 
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
-        save_student(args.out / "student", student, dict(zip((name for name, _ in network.named_parameters()), average)))
+        names = (name for name, _ in network.named_parameters())
+        save_student(args.out / "student", student, dict(zip(names, average)))
         save_state(state_file, network, average, optimizer, step)
 
     if rank == 0:
         write_json(args.out / "config.json", config)
         seconds = rewind_log(log_file, start)
-        shown = [prompts[k * len(prompts) // 8] for k in range(8)]          # for the pictures: fixed prompts and noises
-        eps_shown, cond_shown, w_shown = noise(range(8), teacher.shape).to(device), teacher.encode(shown), student.pick_guidance()
+        # for the pictures: fixed prompts and noises
+        shown = [prompts[k * len(prompts) // 8] for k in range(8)]
+        eps_shown, cond_shown = noise(range(8), teacher.shape).to(device), teacher.encode(shown)
+        w_shown = student.pick_guidance()
         with torch.no_grad(), autocast():
-            teacher_row = to_pil(teacher.decode(student.solve(eps_shown, cond_shown, schedule.grid(50), w_shown)))
+            latents = student.solve(eps_shown, cond_shown, schedule.grid(50), w_shown)
+            teacher_row = to_pil(teacher.decode(latents))
 
     def picture(step):
         """samples/step_N.png: the teacher's 50 steps above the student's one."""
         with torch.no_grad(), autocast(), averaged():
             row = to_pil(teacher.decode(student(eps_shown, 0, cond_shown, w_shown)))
-        write_file(args.out / "samples" / f"step_{step}.png", lambda p: sheet([teacher_row, row]).save(p, "PNG"))
+        whole = sheet([teacher_row, row], 96)
+        write_file(args.out / "samples" / f"step_{step}.png", lambda p: whole.save(p, "PNG"))
 
     done, began = start, time.time() - seconds
     if rank == 0 and start >= args.steps:
         save(start)
-    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)):
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)
+    for step in bar:
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
         mine = range(rank * share, (rank + 1) * share)
         log = sum(losses(step, mine[k:k + micro]) for k in range(0, share, micro))
         log = torch.cat([log, log.new_tensor([float(bool(stop))])])
-        if world > 1:                                                       # every process, every step: no collective in a branch
+        if world > 1:                                   # every process, every step: no collective in a branch
             for tensor in [log, *(p.grad for p in params)]:
                 dist.all_reduce(tensor)
         sums, counts, boundary, stopping = log[:BINS], log[BINS:2 * BINS], log[-2].item(), log[-1].item() > 0
         bootstrap, norm = sums.sum().item() / args.batch, torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         if not math.isfinite(bootstrap + boundary + norm):
-            _, t, _, w = draw(args.seed, step, range(min(args.batch, 16)), teacher.shape, schedule.T, len(prompts), args.guidance)
-            raise BadInput(f"the loss is not finite at step {step} (first times {t.tolist()}, guidance {[round(v, 2) for v in w.tolist()]}); "
-                           f"what {args.out} holds is whole: lower --lr, or take --precision fp32")
+            _, t, _, w = draw(args.seed, step, range(min(args.batch, 16)), teacher.shape, schedule.T,
+                              len(prompts), args.guidance)
+            raise BadInput(f"the loss is not finite at step {step} (first times {t.tolist()}, "
+                           f"guidance {[round(v, 2) for v in w.tolist()]}); what {args.out} holds is whole: "
+                           "lower --lr, or take --precision fp32")
         optimizer.step()
         with torch.no_grad():
             decay = min(args.ema, (step + 1) / (step + 10))
@@ -285,8 +331,9 @@ def main():
         done = step + 1
         if rank == 0 and (done % 10 == 0 or done == args.steps):
             bar.set_postfix(loss=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
-            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm, "seconds": round(time.time() - began, 1),
-                    "bootstrap_by_time": [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist())]}
+            by_time = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist())]
+            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
+                    "seconds": round(time.time() - began, 1), "bootstrap_by_time": by_time}
             with open(log_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or stopping):
@@ -301,7 +348,8 @@ def main():
         print(f"stopped at step {done}; the same command goes on")
     elif rank == 0:
         out = shlex.quote(str(args.out))
-        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out} --prompt {shlex.quote(prompts[0])}\n"
+        print(f"the student is in {args.out / 'student'}\n"
+              f"  python sample.py --student {out} --prompt {shlex.quote(prompts[0])}\n"
               f"  python -m tools.evaluate --student {out}")
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the path, the embedded teacher once, and commands run as a person runs them."""
+"""What the tests share: the repository on the path, one embedded teacher, commands run as by a person."""
 
 import importlib
 import os
@@ -23,14 +23,14 @@ def tiny():
 def run():
     """Run `python ARGS` in the repository; returns the finished process, stdout and stderr as text."""
     def run(*args, timeout=120):
-        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                              timeout=timeout, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     return run
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """The same in this process, which spares importing torch: call("train", ...) -> (exit code, stdout, stderr)."""
+    """The same in this process, sparing torch's import: call("train", ...) -> (exit code, stdout, stderr)."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(ROOT)
 

@@ -1,4 +1,7 @@
-"""Whole commands on the embedded teacher, as a person runs them: train, kill, resume, sample, evaluate, and bad input."""
+"""Whole commands on the embedded teacher, as a person runs them.
+
+Train, kill, resume, sample, evaluate, and bad input.
+"""
 
 import argparse
 import json
@@ -42,11 +45,12 @@ def assert_bitwise_equal(a, b):
 
 def test_training_leaves_everything_and_says_where(trained):
     out, done = trained
-    assert f"python sample.py --student {out}" in done.stdout and f"python -m tools.evaluate --student {out}" in done.stdout
+    assert f"python sample.py --student {out}" in done.stdout
+    assert f"python -m tools.evaluate --student {out}" in done.stdout
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "student", "state"}
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and last["bootstrap"] > 0 and last["boundary"] > 0
-    assert Image.open(out / "samples" / "step_6.png").size == (8 * 32, 2 * 32)
+    assert Image.open(out / "samples" / "step_6.png").size == (8 * 96, 2 * 96)
     before = load_file(TINY / "unet" / WEIGHTS)["conv_in.weight"].float()
     assert not student(out)["conv_in.weight"].equal(before)
 
@@ -57,7 +61,8 @@ def test_two_runs_are_bitwise_equal(run, trained, tmp_path):
 
 
 def start(*args):
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(path, process):
@@ -82,24 +87,29 @@ def test_stopped_run_saves_at_the_next_step(run, trained, tmp_path, number):
     wait_for(tmp_path / "config.json", process)
     process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == 0 and "stopped at step" in output and (tmp_path / "state" / "state.safetensors").exists(), output
+    assert process.returncode == 0 and "stopped at step" in output, output
+    assert (tmp_path / "state" / "state.safetensors").exists(), output
     assert run(*SHORT, "--out", tmp_path, "--save-every", 1000).returncode == 0
     assert_bitwise_equal(tmp_path, trained[0])
 
 
 def test_accumulation_and_two_processes_make_the_same_student(trained, run, tmp_path):
-    """Up to the order of floating-point summation: noise, time and prompt of a sample depend on its number alone."""
+    """Up to floating-point summation order: noise, time and prompt of a sample depend on its number alone."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    done = subprocess.run([*launch, *map(str, SHORT), "--out", str(tmp_path / "two"), "--micro-batch", "2"], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=200)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0",
+              "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    done = subprocess.run([*launch, *map(str, SHORT), "--out", str(tmp_path / "two"), "--micro-batch", "2"],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     ours, theirs = student(tmp_path / "two"), student(trained[0])
     before = {k: v.float() for k, v in load_file(TINY / "unet" / WEIGHTS).items()}
-    apart, moved = (sum((a[k] - b[k]).square().sum().item() for k in before) ** 0.5 for a, b in ((ours, theirs), (theirs, before)))
+    apart, moved = (sum((a[k] - b[k]).square().sum().item() for k in before) ** 0.5
+                    for a, b in ((ours, theirs), (theirs, before)))
     assert apart < 0.02 * moved
-    a, b = (json.loads((out / "log.jsonl").read_text().splitlines()[-1]) for out in (tmp_path / "two", trained[0]))
-    assert a["bootstrap"] == pytest.approx(b["bootstrap"], rel=1e-3) and a["boundary"] == pytest.approx(b["boundary"], rel=1e-3)
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (tmp_path / "two", trained[0])]
+    a, b = (json.loads(lines[-1]) for lines in logs)
+    assert a["bootstrap"] == pytest.approx(b["bootstrap"], rel=1e-3)
+    assert a["boundary"] == pytest.approx(b["boundary"], rel=1e-3)
 
 
 def test_other_options_are_refused_in_a_used_folder(call, trained):
@@ -108,8 +118,9 @@ def test_other_options_are_refused_in_a_used_folder(call, trained):
 
 
 @pytest.mark.parametrize("options", [
-    ["--guidance", "1:6"], ["--solver", "heun"], ["--guidance", "1"], ["--boundary-weight", "0"], ["--negative-prompt", "a bag in pink on blue"],
-    ["--input-time", "1000"], ["--num-steps", "10"], ["--precision", "bf16"], ["--seed", "1"], ["--lr", "1e-3"], ["--warmup", "7"], ["--decay", "0"],
+    ["--guidance", "1:6"], ["--solver", "heun"], ["--guidance", "1"], ["--boundary-weight", "0"],
+    ["--negative-prompt", "a bag in pink on blue"], ["--input-time", "1000"], ["--num-steps", "10"], ["--weight", "1"],
+    ["--precision", "bf16"], ["--seed", "1"], ["--lr", "1e-3"], ["--warmup", "7"], ["--decay", "0"],
     ["--ema", "0.1"], ["--prompts", "README.md"]])
 def test_every_option_makes_another_student(call, trained, tmp_path, options):
     assert call("train", *SHORT[1:], "--out", tmp_path, *options)[0] == 0
@@ -121,7 +132,8 @@ def test_every_option_makes_another_student(call, trained, tmp_path, options):
 def test_learning_rate_warms_up_holds_and_decays():
     args = argparse.Namespace(steps=100, warmup=10, decay=0.5, lr=2.0)
     rates = [learning_rate(step, args) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2.0] * 42 and rates[75] == pytest.approx(1.0) and 0 < rates[99] < 0.05
+    assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2.0] * 42
+    assert rates[75] == pytest.approx(1.0) and 0 < rates[99] < 0.05
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(call, tmp_path):
@@ -134,7 +146,8 @@ def test_resumed_log_has_every_step_once(call, tmp_path):
     log = tmp_path / "log.jsonl"
     options = [*SHORT[1:], "--out", tmp_path, "--steps"]
     assert call("train", *options, 10)[0] == 0
-    log.write_text(log.read_text() + json.dumps({"step": 17, "seconds": 99}) + "\n")           # as a kill after the checkpoint leaves it
+    # as a kill after the checkpoint leaves it
+    log.write_text(log.read_text() + json.dumps({"step": 17, "seconds": 99}) + "\n")
     assert call("train", *options, 20)[0] == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20] and lines[0]["seconds"] < lines[1]["seconds"] < 99
@@ -147,9 +160,11 @@ def test_dry_run_writes_nothing(call, tmp_path):
 
 def test_sample_writes_pictures_that_say_what_they_are(run, tmp_path):
     began = time.time()
-    done = run("sample.py", "--prompt", PROMPT, "--prompt", "a blue bag on a white background", "--num", 2, "--seed", 5, "--grid", "--out", tmp_path)
+    done = run("sample.py", "--prompt", PROMPT, "--prompt", "a blue bag on a white background", "--num", 2,
+               "--seed", 5, "--grid", "--out", tmp_path)
     assert done.returncode == 0 and time.time() - began < 20, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000005.png", "000006.png", "000007.png", "000008.png", "grid.png"]
+    names = ["000005.png", "000006.png", "000007.png", "000008.png", "grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     image = Image.open(tmp_path / "000005.png")
     assert image.size == (32, 32) and image.text["prompt"] == PROMPT and image.text["seed"] == "5"
     assert float(image.text["guidance"]) > 1 and image.text["student"].endswith("student")
@@ -163,7 +178,7 @@ def test_image_depends_on_its_seed_alone(call, tmp_path):
     call("sample", "--prompt", PROMPT, "--seed", 3, "--num", 5, "--batch", 5, "--out", tmp_path / "a")
     call("sample", "--prompt", PROMPT, "--seed", 6, "--num", 1, "--out", tmp_path / "b")
     a, b = pixels(tmp_path / "a" / "000006.png"), pixels(tmp_path / "b" / "000006.png")
-    assert abs(a - b).max() <= 1                                            # a batch of another size may round differently
+    assert abs(a - b).max() <= 1                            # a batch of another size may round differently
     assert abs(a - pixels(tmp_path / "a" / "000005.png")).max() > 20
 
 
@@ -171,7 +186,8 @@ def test_compare_puts_the_teacher_left_of_the_student(call, tmp_path):
     call("sample", "--prompt", PROMPT, "--out", tmp_path / "alone")
     assert call("sample", "--prompt", PROMPT, "--compare", 1, 4, "--out", tmp_path)[0] == 0
     sheet, alone = pixels(tmp_path / "000000.png"), pixels(tmp_path / "alone" / "000000.png")
-    assert sheet.shape == (32, 96, 3) and (sheet[:, 64:] == alone).all() and not (sheet[:, :32] == alone).all()
+    assert sheet.shape == (32, 96, 3)
+    assert (sheet[:, 64:] == alone).all() and not (sheet[:, :32] == alone).all()
 
 
 def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tmp_path):
@@ -179,10 +195,12 @@ def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tm
     stored = sorted(p.name for p in (TINY / "evaluation").iterdir())
     done = run(*args, "--images", 5000, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (TINY / "evaluation").iterdir()) == stored        # nothing was measured again
+    assert sorted(p.name for p in (TINY / "evaluation").iterdir()) == stored    # nothing was measured again
     result = json.loads((tmp_path / "e.json").read_text())
-    assert [(r["sampler"], r["steps"], r["nfe"]) for r in result["rows"]] == [("ddim", k, 2 * k) for k in (1, 2, 4, 8, 10, 25, 50)] + [("student", 1, 1)]
-    assert all(set(r) >= {"frechet", "precision", "recall", "align_seen", "align_heldout", "rmse", "images_per_s"} for r in result["rows"])
+    rows, teacher = result["rows"], [("ddim", k, 2 * k) for k in (1, 2, 4, 8, 10, 25, 50)]
+    assert [(r["sampler"], r["steps"], r["nfe"]) for r in rows] == teacher + [("student", 1, 1)]
+    figures = {"frechet", "precision", "recall", "align_seen", "align_heldout", "rmse", "images_per_s"}
+    assert all(set(r) >= figures for r in rows)
     assert result["images"] == 5000 and Image.open(tmp_path / "e.png").size == (960, 8 * 96)
 
 
@@ -219,14 +237,16 @@ def bad(tmp_path):
     ("tools.train_tiny --data {bad} --out {bad}/t --work {bad}/w", "apt-get install dataset-fashion-mnist")])
 def test_bad_input_is_one_sentence_and_exit_code_2(call, bad, command, message):
     name, *options = command.format(bad=bad).split()
-    code, _, stderr = call(name, *options, *(["--out", bad / "run"] if name == "train" and "--out" not in options else []))
+    out = ["--out", bad / "run"] if name == "train" and "--out" not in options else []
+    code, _, stderr = call(name, *options, *out)
     assert code == 2 and message in stderr and not (bad / "run").exists(), stderr
 
 
 def test_bad_input_ends_the_process_without_a_traceback(run, bad):
     for command in (["train.py", "--teacher", "nosuch"], ["sample.py"]):
         done = run(*command)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_student_of_another_teacher_is_refused(call, trained, tmp_path):
@@ -249,4 +269,5 @@ def test_broken_checkpoint_is_named_and_kept(call, trained, tmp_path):
 
 def test_long_prompt_is_cut_with_a_warning(run, tmp_path):
     done = run("sample.py", "--prompt", "red " * 90 + "hat", "--out", tmp_path)
-    assert done.returncode == 0 and done.stderr.startswith("warning: prompt cut to 77 tokens") and "hat" in done.stderr
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: prompt cut to 77 tokens") and "hat" in done.stderr

@@ -1,4 +1,7 @@
-"""The measures have known values on known distributions, and the embedded teacher and student paint what they are told."""
+"""The measures have known values on known distributions.
+
+The embedded teacher and student paint what they are told.
+"""
 
 import json
 import shutil
@@ -15,7 +18,8 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randn(200_000, 3, generator=rng, dtype=torch.float64) for _ in "ab")
     scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, -2.0])
-    assert frechet(a, b * scale + shift) == pytest.approx(5 + (0 + 1 + 0.25), rel=0.02)         # |shift|^2 + sum (1 - scale)^2
+    # |shift|^2 + sum (1 - scale)^2
+    assert frechet(a, b * scale + shift) == pytest.approx(5 + (0 + 1 + 0.25), rel=0.02)
     assert abs(frechet(a, a)) < 1e-9
 
 
@@ -32,13 +36,14 @@ def test_prompts_cover_every_garment_and_hold_combinations_out():
     config = json.loads((TINY / "judge" / "config.json").read_text())
     chosen = combinations(config, 5000, 0)
     assert all(c != b for _, c, b in chosen) and {g for g, _, _ in chosen} == set(config["garments"])
-    held_out, trained_on = {tuple(c) for c in config["held_out"]}, (TINY / "prompts.txt").read_text().splitlines()
+    held_out = {tuple(c) for c in config["held_out"]}
+    trained_on = (TINY / "prompts.txt").read_text().splitlines()
     assert len(held_out) == 56 and not any(prompt(*c) in trained_on for c in held_out)
     assert all(prompt(*c) in trained_on for c in chosen if c not in held_out)
 
 
 def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
-    """Real rows on 100 images of a copied teacher; the second call finds the first row and measures only the second."""
+    """Real rows on 100 images of a copied teacher; a second call finds the first, measures the second."""
     shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
     monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
     evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
@@ -71,9 +76,9 @@ def test_teacher_and_shipped_student_paint_what_they_are_told():
 def test_stored_rows_are_this_teachers_and_meet_the_promise():
     student = load_student(TINY / "student")
     evaluation = Evaluation(student, 5000, student.guidance, seed=0)
-    evaluation.sample = None                                                # what is stored is not measured again
+    evaluation.sample = None                                # what is stored is not measured again
     rows, solution = teacher_rows(evaluation, fresh=False)
     assert [row["steps"] for row in rows] == list(STEPS) and solution.shape == (512, 4, 8, 8)
     best = rows[-1]
     assert best["align_seen"] >= 0.9 and best["align_heldout"] >= 0.8
-    assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))            # more steps, better pictures
+    assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))    # more steps, better pictures

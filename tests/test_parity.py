@@ -1,4 +1,4 @@
-"""The networks against the reference libraries: the embedded checkpoints, and random small configs of every kind."""
+"""The networks against the reference libraries: embedded checkpoints, small random configs of every kind."""
 
 import json
 
@@ -11,11 +11,13 @@ from signal_ode import solve
 from teacher import TINY, noise
 
 diffusers = pytest.importorskip("diffusers", reason="the reference library diffusers is not installed")
-transformers = pytest.importorskip("transformers", reason="the reference library transformers is not installed")
+transformers = pytest.importorskip(
+    "transformers", reason="the reference library transformers is not installed")
 
-SMALL = {"in_channels": 4, "out_channels": 4, "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
-         "cross_attention_dim": 24, "attention_head_dim": 4, "sample_size": 8,
-         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+SMALL = {"in_channels": 4, "out_channels": 4, "block_out_channels": [32, 64], "layers_per_block": 1,
+         "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4, "sample_size": 8,
+         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -33,9 +35,12 @@ def shaken(module):
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"use_linear_projection": True, "attention_head_dim": [2, 8]}, {"layers_per_block": 2, "flip_sin_to_cos": False, "freq_shift": 1},
-    {"block_out_channels": [16, 32, 48], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": 2, "norm_eps": 1e-6},
+    {}, {"use_linear_projection": True, "attention_head_dim": [2, 8]},
+    {"layers_per_block": 2, "flip_sin_to_cos": False, "freq_shift": 1},
+    {"block_out_channels": [16, 32, 48],
+     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+     "transformer_layers_per_block": 2, "norm_eps": 1e-6},
     {"class_embed_type": "timestep"}, {"class_embed_type": "timestep", "time_cond_proj_dim": 256}])
 @pytest.mark.parametrize("size", [(8, 8), (10, 6)])
 def test_unet_equals_diffusers(change, size):
@@ -46,14 +51,19 @@ def test_unet_equals_diffusers(change, size):
     x, t, text = torch.randn(3, 4, *size), torch.tensor([0, 400, 999]), torch.randn(3, 77, 24)
     target = torch.tensor([0, 17, 1000]) if "class_embed_type" in change else None
     w = torch.tensor([1.0, 3.0, 7.5]) if "time_cond_proj_dim" in change else None
-    embedding = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w - 1, embedding_dim=256) if w is not None else None
+    embedding = None
+    if w is not None:
+        pipeline = diffusers.LatentConsistencyModelPipeline
+        embedding = pipeline.get_guidance_scale_embedding(None, w - 1, embedding_dim=256)
     with torch.no_grad():
-        assert_close(ours(x, t, text, target, w), theirs(x, t, text, class_labels=target, timestep_cond=embedding).sample)
+        expected = theirs(x, t, text, class_labels=target, timestep_cond=embedding).sample
+        assert_close(ours(x, t, text, target, w), expected)
 
 
 @pytest.mark.parametrize("change", [{}, {"layers_per_block": 2, "block_out_channels": [16, 32, 32]}])
 def test_vae_equals_diffusers(change):
-    config = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": 4, "in_channels": 3, "out_channels": 3}
+    config = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,
+              "latent_channels": 4, "in_channels": 3, "out_channels": 3}
     config |= change
     config["down_block_types"] = ["DownEncoderBlock2D"] * len(config["block_out_channels"])
     config["up_block_types"] = ["UpDecoderBlock2D"] * len(config["block_out_channels"])
@@ -70,11 +80,13 @@ def test_vae_equals_diffusers(change):
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_text_encoder_equals_transformers(act):
-    config = {"hidden_act": act, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3,
-              "vocab_size": 500, "max_position_embeddings": 77, "layer_norm_eps": 1e-5, "eos_token_id": 499, "bos_token_id": 498, "pad_token_id": 0}
+    config = {"hidden_act": act, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4,
+              "num_hidden_layers": 3, "vocab_size": 500, "max_position_embeddings": 77,
+              "layer_norm_eps": 1e-5, "eos_token_id": 499, "bos_token_id": 498, "pad_token_id": 0}
     theirs = shaken(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)))
     ours = TextEncoder(config).eval()
-    prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."         # transformers 5 drops it in memory
+    # transformers 5 drops the prefix in memory
+    prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
     ours.load_state_dict({prefix + k: v for k, v in theirs.state_dict().items() if "position_ids" not in k})
     ids = torch.randint(500, (2, 77))
     with torch.no_grad():
@@ -98,17 +110,22 @@ def test_embedded_networks_equal_the_reference(tiny):
 def test_embedded_teacher_opens_in_diffusers_and_paints_our_picture(tiny):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompts, eps = ["a red ankle boot on a yellow background", "a blue coat on a white background"], noise([0, 1], tiny.shape)
-    theirs = pipe(prompts, latents=eps.clone(), guidance_scale=3.0, num_inference_steps=10, output_type="pt").images * 2 - 1
+    prompts = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
+    eps = noise([0, 1], tiny.shape)
+    theirs = pipe(prompts, latents=eps.clone(), guidance_scale=3.0, num_inference_steps=10,
+                  output_type="pt").images * 2 - 1
     cond = tiny.encode(prompts)
-    ours = tiny.decode(solve(lambda x, t: tiny.denoise(x, t, cond, 3.0), eps, tiny.schedule.grid(10), tiny.schedule, space="x")[-1])
+    denoise = lambda x, t: tiny.denoise(x, t, cond, 3.0)
+    ours = tiny.decode(solve(denoise, eps, tiny.schedule.grid(10), tiny.schedule, space="x")[-1])
     assert (ours - theirs).abs().max() < 1e-3
 
 
 def test_shipped_student_opens_in_diffusers():
     unet = diffusers.UNet2DConditionModel.from_pretrained(TINY / "student").float()
     ours = UNet(json.loads((TINY / "student" / "config.json").read_text()))
-    ours.load_state_dict({k: v.float() for k, v in load_file(TINY / "student" / "diffusion_pytorch_model.safetensors").items()})
-    x, t, text, target = torch.randn(2, 4, 8, 8), torch.tensor([399, 399]), torch.randn(2, 77, 64), torch.tensor([0, 1000])
+    weights = load_file(TINY / "student" / "diffusion_pytorch_model.safetensors")
+    ours.load_state_dict({k: v.float() for k, v in weights.items()})
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([399, 399])
+    text, target = torch.randn(2, 77, 64), torch.tensor([0, 1000])
     with torch.no_grad():
         assert_close(ours(x, t, text, target), unet(x, t, text, class_labels=target).sample)

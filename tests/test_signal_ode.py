@@ -1,17 +1,17 @@
-"""The mathematics, against a Gaussian data distribution: its denoiser and its trajectories have closed forms."""
+"""The mathematics on a Gaussian data distribution, whose denoiser and trajectories have closed forms."""
 
 import math
 
 import pytest
 import torch
 
-from signal_ode import (Schedule, boundary_loss, bootstrap_loss, clean_prediction, contraction, ddim_step, guide, like, noisy, signal,
-                        signal_step, solve, student_signal)
+from signal_ode import (Schedule, boundary_loss, bootstrap_loss, clean_prediction, contraction, ddim_step,
+                        guide, like, noisy, signal, signal_step, solve, student_signal)
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
-MU, S = 0.7, 0.4                                                            # the data: N(MU, S**2), every element
+MU, S = 0.7, 0.4                                            # the data: N(MU, S**2), every element
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def gaussian_student(schedule):
 def test_schedule_is_variance_preserving_and_clean_at_zero(config):
     schedule = Schedule(config)
     t = torch.arange(schedule.T + 1)
-    assert torch.allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(1001, dtype=torch.float64), atol=1e-15)
+    total = schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2
+    assert torch.allclose(total, torch.ones(1001, dtype=torch.float64), atol=1e-15)
     assert schedule.alpha(0) == 1 and schedule.sigma(0) == 0 and (schedule.lam(t).diff() > 0).all()
 
 
@@ -71,7 +72,8 @@ def test_schedule_equals_diffusers(config):
 
 
 def test_grid_is_trailing_and_whole(schedule):
-    assert schedule.grid(4) == [1000, 750, 500, 250, 0] and schedule.grid(7)[:2] == [1000, 857] and schedule.grid(1) == [1000, 0]
+    assert schedule.grid(4) == [1000, 750, 500, 250, 0]
+    assert schedule.grid(7)[:2] == [1000, 857] and schedule.grid(1) == [1000, 0]
 
 
 @pytest.mark.parametrize("key, value", [("beta_schedule", "sigmoid"), ("prediction_type", "flow")])
@@ -109,7 +111,8 @@ def test_solver_converges_to_the_closed_form_at_its_order(solver, order, space, 
     exact = exact if space == "x" else signal(exact, eps, 200, schedule)
     for num_steps in (40, 80, 160):
         grid = list(range(1000, 199, -800 // num_steps))
-        errors.append((solve(f, eps, grid, schedule, solver, space)[-1] - exact).square().mean().sqrt().item())
+        error = solve(f, eps, grid, schedule, solver, space)[-1] - exact
+        errors.append(error.square().mean().sqrt().item())
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert all(abs(slope - order) < 0.15 for slope in slopes), (errors, slopes)
 
@@ -126,7 +129,8 @@ def test_signal_ode_trajectory_equals_ddims_at_every_step(config, solver, eps):
 
 
 def test_one_step_is_the_same_in_x_and_in_y(schedule, eps):
-    y_t, f, t, s = torch.randn_like(eps), torch.randn_like(eps), torch.randint(500, 1001, (16,)), torch.randint(0, 500, (16,))
+    y_t, f = torch.randn_like(eps), torch.randn_like(eps)
+    t, s = torch.randint(500, 1001, (16,)), torch.randint(0, 500, (16,))
     x_s = ddim_step(noisy(y_t, eps, t, schedule), f, t, s, schedule)
     assert torch.allclose(noisy(signal_step(y_t, f, t, s, schedule), eps, s, schedule), x_s, atol=1e-12)
 
@@ -160,7 +164,8 @@ def test_bootstrap_loss_has_no_gradient_through_its_target(schedule, eps):
 
 
 def test_minimising_both_losses_finds_the_solution(schedule):
-    """A student with a free y_t = a_t + b_t * eps on a grid of times, trained by BOOT alone, ends at the Euler Signal-ODE's end."""
+    """A student of free y_t = a_t + b_t * eps on a grid of times, trained by BOOT alone, ends where the Euler
+    Signal-ODE does."""
     grid, f = schedule.grid(20), gaussian_teacher(schedule)
     rng = torch.Generator().manual_seed(0)
     coefficients = torch.zeros(1001, 2, dtype=torch.float64, requires_grad=True)
@@ -171,7 +176,8 @@ def test_minimising_both_losses_finds_the_solution(schedule):
         eps = torch.randn(64, 1, 4, generator=rng, dtype=torch.float64)
         k = torch.randint(0, 20, (64,), generator=rng)
         t, s = torch.tensor(grid)[k], torch.tensor(grid)[k + 1]
-        loss = bootstrap_loss(student, f, eps, t, s, schedule).mean() + boundary_loss(student, f, eps, schedule).mean()
+        bootstrap = bootstrap_loss(student, f, eps, t, s, schedule).mean()
+        loss = bootstrap + boundary_loss(student, f, eps, schedule).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import UNet
-from teacher import TINY, WEIGHTS, BadInput, load_student, load_teacher, new_student, noise, save_student, write_file
+from teacher import (TINY, WEIGHTS, BadInput, load_student, load_teacher, new_student, noise, save_student,
+                     write_file)
 
 PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
 
@@ -18,13 +19,15 @@ PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white ba
 @pytest.fixture
 def copy(tmp_path):
     """A private copy of the embedded teacher."""
-    return shutil.copytree(TINY, tmp_path / "teacher", ignore=shutil.ignore_patterns("judge", "student", "evaluation"))
+    others = shutil.ignore_patterns("judge", "student", "evaluation")
+    return shutil.copytree(TINY, tmp_path / "teacher", ignore=others)
 
 
 def test_teacher_is_frozen_float32_and_deterministic(tiny):
     assert tiny.shape == (4, 8, 8) and not any(p.requires_grad for p in tiny.unet.parameters())
     eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
-    assert torch.equal(tiny.denoise(eps, 1000, cond, 3.0), tiny.denoise(eps, torch.tensor([1000, 1000]), cond, torch.tensor([3.0, 3.0])))
+    t, w = torch.tensor([1000, 1000]), torch.tensor([3.0, 3.0])
+    assert torch.equal(tiny.denoise(eps, 1000, cond, 3.0), tiny.denoise(eps, t, cond, w))
     assert tiny.decode(eps).shape == (2, 3, 32, 32)
 
 
@@ -38,7 +41,8 @@ def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):
 
 def test_negative_prompt_replaces_the_empty_one(tiny):
     eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
-    assert torch.allclose(tiny.denoise(eps, 700, cond, 4.0, uncond=tiny.encode(PROMPTS[:1]))[0], tiny.denoise(eps, 700, cond)[0], atol=1e-4)
+    f = tiny.denoise(eps, 700, cond, 4.0, uncond=tiny.encode(PROMPTS[:1]))
+    assert torch.allclose(f[0], tiny.denoise(eps, 700, cond)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [3.0, [1.0, 8.0]])
@@ -57,8 +61,10 @@ def test_new_embeddings_learn(tiny):
     """The zero layers get a gradient, so that the student can leave its teacher."""
     student, cond = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS)
     student.network.requires_grad_(True)
-    student(noise([0, 1], tiny.shape), torch.tensor([0, 500]), cond, torch.tensor([1.0, 5.0])).square().sum().backward()
-    for p in (student.network.class_embedding.linear_2.weight, student.network.time_embedding.cond_proj.weight):
+    t, w = torch.tensor([0, 500]), torch.tensor([1.0, 5.0])
+    student(noise([0, 1], tiny.shape), t, cond, w).square().sum().backward()
+    network = student.network
+    for p in (network.class_embedding.linear_2.weight, network.time_embedding.cond_proj.weight):
         assert p.grad.abs().max() > 0
 
 
@@ -85,7 +91,8 @@ def test_student_of_another_teacher_is_refused(tiny, copy, tmp_path):
 def test_full_and_half_precision_copies_are_one_teacher(tiny, copy):
     weights = load_file(copy / "unet" / WEIGHTS)
     save_file({k: v.float() for k, v in weights.items()}, copy / "unet" / WEIGHTS)
-    assert load_teacher(copy).fingerprint == tiny.fingerprint == load_teacher(copy, dtype=torch.bfloat16).fingerprint
+    half = load_teacher(copy, dtype=torch.bfloat16)
+    assert load_teacher(copy).fingerprint == tiny.fingerprint == half.fingerprint
 
 
 @pytest.mark.parametrize("change, message", [
@@ -115,12 +122,14 @@ def test_pickled_weights_are_refused(copy):
 
 
 @pytest.mark.parametrize("part, key, value", [
-    ("unet", "act_fn", "mish"), ("unet", "class_embed_type", "projection"), ("unet", "down_block_types", ["SimpleCrossAttnDownBlock2D"] * 2),
+    ("unet", "act_fn", "mish"), ("unet", "class_embed_type", "projection"),
+    ("unet", "down_block_types", ["SimpleCrossAttnDownBlock2D"] * 2),
     ("vae", "act_fn", "mish"), ("text_encoder", "hidden_act", "relu")])
 def test_unsupported_config_names_key_and_value(copy, part, key, value):
     path = copy / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(BadInput, match=f"{key} = '{value[0] if isinstance(value, list) else value}' is not supported"):
+    named = value[0] if isinstance(value, list) else value
+    with pytest.raises(BadInput, match=f"{key} = '{named}' is not supported"):
         load_teacher(copy)
 
 
@@ -137,9 +146,10 @@ def test_old_attention_names_load(tiny, copy):
 
 def test_bfloat16_teacher_predicts_in_float32(tiny):
     rough = load_teacher("tiny", dtype=torch.bfloat16)
-    assert torch.equal(rough.unet.conv_out.weight, tiny.unet.conv_out.weight) and rough.unet.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(rough.unet.conv_out.weight, tiny.unet.conv_out.weight)
+    assert rough.unet.conv_in.weight.dtype == torch.bfloat16
     eps = noise(range(64), tiny.shape)
-    f, exact = rough.denoise(eps, 1000, rough.encode(PROMPTS[:1] * 64)), tiny.denoise(eps, 1000, tiny.encode(PROMPTS[:1] * 64))
+    f, exact = (teacher.denoise(eps, 1000, teacher.encode(PROMPTS[:1] * 64)) for teacher in (rough, tiny))
     assert f.dtype == torch.float32 and 0 < (f - exact).square().mean().sqrt() < 0.1
 
 
@@ -156,5 +166,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def test_the_five_files_import_no_reference_library():
-    code = "import sys, signal_ode, model, teacher, train, sample; print({'diffusers', 'transformers', 'regex', 'ftfy'} & {m.split('.')[0] for m in sys.modules})"
-    assert subprocess.run([sys.executable, "-c", code], cwd=TINY.parent, capture_output=True, text=True).stdout == "set()\n"
+    code = ("import sys, signal_ode, model, teacher, train, sample; "
+            "print({'diffusers', 'transformers', 'regex', 'ftfy'} & {m.split('.')[0] for m in sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parent, capture_output=True, text=True)
+    assert done.stdout == "set()\n"

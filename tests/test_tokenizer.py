@@ -1,4 +1,4 @@
-"""The tokenizer against published ids and, where it is installed, against the reference library on all kinds of text."""
+"""The tokenizer against published ids and, if installed, the reference library, on all kinds of text."""
 
 import json
 import random
@@ -22,7 +22,9 @@ FILES = "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map
 def folder(tmp_path):
     """A function: "sd21-base", "sd15" or "tiny" -> a tokenizer folder that the test may change."""
     def make(name):
-        sources = [ROOT / "tiny" / "tokenizer"] if name == "tiny" else [SHARED / "clip-tokenizer", SHARED / name / "tokenizer"]
+        sources = [SHARED / "clip-tokenizer", SHARED / name / "tokenizer"]
+        if name == "tiny":
+            sources = [ROOT / "tiny" / "tokenizer"]
         for source in sources:
             if not source.exists():
                 pytest.skip(f"the tokenizer of {name} is not here: {source}")
@@ -40,10 +42,12 @@ def edit(path, **changes):
 def write_small(folder, **config):
     """A vocabulary of three letters, its ids in no familiar order."""
     vocab = ["ab</w>", "<end>", "a", "b", "c</w>", "<pad>", "b</w>", "ab", "abc</w>", "<begin>", "<unk>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}), encoding="utf-8")
+    ids = {token: i for i, token in enumerate(vocab)}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\na b\nab c</w>\na b</w>\n", encoding="utf-8")
     tokens = {"bos_token": "<begin>", "eos_token": "<end>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, "model_max_length": 8, **config}), encoding="utf-8")
+    config = {**tokens, "model_max_length": 8, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -79,7 +83,8 @@ def test_no_id_is_built_in(tmp_path):
 
 def test_added_tokens_are_found_as_their_entries_say(tmp_path):
     entry = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
-    added = {"11": {"content": "<Own>", "normalized": False, **entry}, "12": {"content": "<Any>", "normalized": True, **entry}}
+    added = {"11": {"content": "<Own>", "normalized": False, **entry},
+             "12": {"content": "<Any>", "normalized": True, **entry}}
     tokenizer = Tokenizer.from_folder(write_small(tmp_path, added_tokens_decoder=added, model_max_length=77))
     ids = tokenizer(["ab<Own>ab <any>b<ANY>", "<own>"]).tolist()
     assert ids[0][:8] == [9, 0, 11, 0, 12, 6, 12, 1]
@@ -126,20 +131,24 @@ def test_one_enormous_word_takes_seconds(folder):
     for alphabet in ("a", "abcdefghijklmnopqrstuvwxyz", "日本語", "a1!"):
         with pytest.warns(UserWarning, match="prompt cut"):
             tokenizer(["".join(rng.choices(alphabet, k=20_000))])
-    assert time.process_time() - start < 20             # under a second; looking for each pair anew takes minutes
+    assert time.process_time() - start < 20         # under a second; looking for each pair anew takes minutes
 
 
 def texts(count, seed=0):
-    """Texts of all scripts, from characters old enough (Unicode 3.2) for every library to agree on what they are."""
+    """Texts of all scripts, of characters old enough (Unicode 3.2) for all libraries to agree on them."""
     rng = random.Random(seed)
-    old = [chr(code) for code in range(0x30000) if unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs")]
+    category = unicodedata.ucd_3_2_0.category
+    old = [chr(code) for code in range(0x30000) if category(chr(code)) not in ("Cn", "Cs")]
     marks = [char for char in old if unicodedata.combining(char)]
     composed = [char for char in old if unicodedata.decomposition(char)[:1] not in ("", "<")]
-    words = ("cat Photograph of 1234 masterpiece, 8k (best:1.2) x_y 日本語 Привет العربية हिन्दी 한국어 ไทย ½ ² Ⅷ ① ٣ 一 "
-             "Σ ΑΣ ΣΑΣ İ ẞ ß ŉ ΐ Å ﬁ ᾈ ǅ ſ 's 'T 're 'VE 'm 'Ll 'd ''s ’s 'ſ &amp; &lt; &#39; 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 🐈‍⬛ ❤️ 1️⃣ ! !! "
-             "<|startoftext|> <|endoftext|> <|STARTOFTEXT|> <|EndOfText|>! <|endoftext |> <| startoftext| "
+    words = ("cat Photograph of 1234 masterpiece, 8k (best:1.2) x_y 日本語 Привет العربية "
+             "हिन्दी 한국어 ไทย ½ ² Ⅷ ① ٣ 一 Σ ΑΣ ΣΑΣ İ ẞ ß ŉ ΐ Å "
+             "ﬁ ᾈ ǅ ſ 's 'T 're 'VE 'm 'Ll 'd ''s ’s 'ſ &amp; &lt; &#39; 👩‍👩‍👧‍👦 "
+             "🏳️‍🌈 👍🏽 🇩🇪 🐈‍⬛ ❤️ 1️⃣ ! !! <|startoftext|> <|endoftext|> "
+             "<|STARTOFTEXT|> <|EndOfText|>! <|endoftext |> <| startoftext| "
              "<|stārtoftext|> <pad> <PAD>").split()
-    blanks = [chr(code) for code in (*range(9, 14), *range(28, 33), 0x85, 0xa0, 0x1680, 0x2003, 0x200b, 0x200d, 0x2028, 0x202f, 0x3000, 0xfeff)]
+    blanks = [chr(code) for code in (*range(9, 14), *range(28, 33), 0x85, 0xa0, 0x1680, 0x2003, 0x200b,
+                                     0x200d, 0x2028, 0x202f, 0x3000, 0xfeff)]
 
     def some(chars, most):
         return "".join(rng.choices(chars, k=rng.randint(1, most)))
@@ -148,15 +157,19 @@ def texts(count, seed=0):
         start = rng.randrange(len(old))
         return some(old[start:start + 60], 10)
 
-    pieces = [lambda: rng.choice(words), lambda: rng.choice(words), lambda: some(old, 2), one_script, lambda: some(blanks, 2),
-              lambda: rng.choice("aeinsAEßω") + some(marks, 4), lambda: unicodedata.normalize("NFD", some(composed, 4)),
-              lambda: some([chr(code) for code in range(128)], 12), lambda: some([chr(code) for code in range(0x1100, 0x1200)], 5)]
+    pieces = [lambda: rng.choice(words), lambda: rng.choice(words), lambda: some(old, 2), one_script,
+              lambda: some(blanks, 2), lambda: rng.choice("aeinsAEßω") + some(marks, 4),
+              lambda: unicodedata.normalize("NFD", some(composed, 4)),
+              lambda: some([chr(code) for code in range(128)], 12),
+              lambda: some([chr(code) for code in range(0x1100, 0x1200)], 5)]
     for _ in range(count):
-        yield rng.choice(["", " ", "  "]).join(rng.choice(pieces)() for _ in range(rng.choice([1, 2, 3, 5, 8, 15, 40])))
+        gap, length = rng.choice(["", " ", "  "]), rng.choice([1, 2, 3, 5, 8, 15, 40])
+        yield gap.join(rng.choice(pieces)() for _ in range(length))
 
 
 def assert_same_ids(path, prompts):
-    transformers = pytest.importorskip("transformers", minversion="5", reason="the reference library transformers 5 is not installed")
+    transformers = pytest.importorskip(
+        "transformers", minversion="5", reason="the reference library transformers 5 is not installed")
     reference = transformers.CLIPTokenizer.from_pretrained(path)
     theirs = reference(prompts, padding="max_length", truncation=True)["input_ids"]
     with warnings.catch_warnings():
@@ -177,9 +190,14 @@ def test_a_vocabulary_without_all_bytes_gets_the_reference_ids(tmp_path):
 
 def test_characters_younger_than_python_get_the_reference_ids(folder):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference library tokenizers is not installed")
-    if not tokenizers.__version__.startswith("0.23."):
-        pytest.skip(f"tokenizers {tokenizers.__version__} may know another Unicode than 0.23, which ours follows")
-    # Letters, numbers, capitals and combining marks of Unicode 10 to 17, each beside a letter, a sign and another mark.
-    young = "\u1c89 \ua7cb \ua7dc \ua7ce \U00010d50 \U00010d40 \U00016ea0 \U0001e4f0 \U00031350 \u07fd \u0898 \u0c3c \u1abf \U00010f46"
-    assert_same_ids(folder("sd15"), [text for char in (*young.split(), "\U00011935\U00011930", "\U000105d2\u0307")
-                                     for text in (char, f"a{char}b", f"!{char}", f"1{char}", f"e{char}\u0323\u0301", f"e\u0301{char}\u0323")])
+    version = tokenizers.__version__
+    if not version.startswith("0.23."):
+        pytest.skip(f"tokenizers {version} may know another Unicode than 0.23, which ours follows")
+    # Letters, numbers, capitals and combining marks of Unicode 10 to 17, each beside a letter, a sign and
+    # another mark.
+    young = ("\u1c89 \ua7cb \ua7dc \ua7ce \U00010d50 \U00010d40 \U00016ea0 \U0001e4f0 \U00031350 "
+             "\u07fd \u0898 \u0c3c \u1abf \U00010f46").split() + ["\U00011935\U00011930", "\U000105d2\u0307"]
+    prompts = [text for char in young
+               for text in (char, f"a{char}b", f"!{char}", f"1{char}", f"e{char}\u0323\u0301",
+                            f"e\u0301{char}\u0323")]
+    assert_same_ids(folder("sd15"), prompts)

@@ -1,7 +1,7 @@
-"""Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM sampler at 1 to 50 steps.
+"""Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
 
-    python -m tools.evaluate --student runs/tiny                5,000 images; the teacher's rows are stored in tiny/
-    python -m tools.evaluate --student runs/tiny --fresh        measure those again too, about an hour on 2 cores
+    python -m tools.evaluate --student runs/tiny            5,000 images; the teacher's rows are in tiny/
+    python -m tools.evaluate --student runs/tiny --fresh    measure those again too, about an hour on 2 cores
 """
 
 import argparse
@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from teacher import TINY, BadInput, command, load_student, noise, pick_device, read_json, read_tensors, sheet, to_pil, write_file, write_json
+from teacher import (TINY, BadInput, command, load_student, noise, pick_device, read_json, read_tensors,
+                     sheet, to_pil, write_file, write_json)
 from tools.judge import frechet, load_judge, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
-NUM_RMSE = 512                                                              # noises whose exact solution is kept to measure against
-COLUMNS = (("frechet", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
+NUM_RMSE = 512                              # noises whose exact solution is kept to measure against
+COLUMNS = (("frechet", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"),
+           ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
 
 
 def neighbour_radius(features, k=3):
@@ -31,7 +33,8 @@ def neighbour_radius(features, k=3):
 
 def covered(a, b, radius):
     """Share of a (N, D) that lies within the radius (M,) of some b (M, D)."""
-    return torch.cat([(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]).float().mean().item()
+    inside = [(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]
+    return torch.cat(inside).float().mean().item()
 
 
 def precision_recall(fake, real):
@@ -40,7 +43,7 @@ def precision_recall(fake, real):
 
 
 def combinations(config, num, seed):
-    """num combinations (garment, colour, background): garments in turn, colours at random, never two the same."""
+    """num combinations (garment, colour, background): garments in turn, random colours, never two alike."""
     rng, pairs = random.Random(seed), list(itertools.permutations(config["colours"], 2))
     return [(config["garments"][k % len(config["garments"])], *rng.choice(pairs)) for k in range(num)]
 
@@ -51,13 +54,15 @@ class Evaluation:
     def __init__(self, student, images, w, seed, batch=250):
         self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
         self.judge, self.config = load_judge(self.teacher.folder / "judge", self.teacher.device)
-        self.real = read_tensors(self.teacher.folder / "judge" / "reference.safetensors", dtype=torch.float32)[0]["features"]
+        reference = self.teacher.folder / "judge" / "reference.safetensors"
+        self.real = read_tensors(reference, dtype=torch.float32)[0]["features"]
         self.combinations = combinations(self.config, images, seed)
         self.seeds = range(seed * 10**6, seed * 10**6 + images)
         held_out = {tuple(c) for c in self.config["held_out"]}
         self.held_out = torch.tensor([c in held_out for c in self.combinations])
         garments, colours = self.config["garments"], self.config["colours"]
-        self.labels = torch.tensor([[garments.index(g), colours.index(c), colours.index(b)] for g, c, b in self.combinations])
+        self.labels = torch.tensor([[garments.index(g), colours.index(c), colours.index(b)]
+                                    for g, c, b in self.combinations])
 
     def inputs(self, part):
         """eps and text embeddings of a slice of the images."""
@@ -73,7 +78,7 @@ class Evaluation:
         return self.student(eps, 0, cond, self.w)
 
     def solution(self, eps, cond):
-        """What the student is asked for, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
+        """The student's aim, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
         return self.student.solve(eps, cond, self.teacher.schedule.grid(50), self.w, "heun", "y")
 
     @torch.no_grad()
@@ -109,26 +114,30 @@ class Evaluation:
 
 
 def teacher_rows(evaluation, fresh):
-    """(rows, solution) of the teacher: stored in its folder under a hash of its files and of the settings, or measured."""
+    """(rows, solution) of the teacher: stored in its folder by a hash of files and settings, or measured."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "judge"):
         for path in sorted(p for p in (folder / name).iterdir() if p.is_file()):
             digest.update(path.read_bytes())
-    settings = [evaluation.w, evaluation.student.negative_prompt, evaluation.seeds[0], len(evaluation.seeds), STEPS, NUM_RMSE]
+    settings = [evaluation.w, evaluation.student.negative_prompt, evaluation.seeds[0], len(evaluation.seeds),
+                STEPS, NUM_RMSE]
     digest.update(json.dumps(settings).encode())
     path = folder / "evaluation" / digest.hexdigest()[:16]
     rows_file, solution_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
     stored = rows_file.exists() and solution_file.exists() and not fresh
     rows = read_json(rows_file) if stored else []
     if len(rows) < len(STEPS):
-        print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
+        print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
+              f"and storing it in {path.parent}", flush=True)
     if not stored:
-        solution = evaluation.sample(evaluation.solution, min(NUM_RMSE, len(evaluation.seeds)), "Signal-ODE solution")
+        num = min(NUM_RMSE, len(evaluation.seeds))
+        solution = evaluation.sample(evaluation.solution, num, "Signal-ODE solution")
         write_file(solution_file, lambda p: save_file({"solution": solution.half().cpu()}, p))
     solution = read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
-    for k in STEPS[len(rows):]:                                             # each is stored at once: an interrupted measurement goes on
+    for k in STEPS[len(rows):]:                 # each is stored at once: an interrupted measurement goes on
         nfe = k * (1 if evaluation.w == 1 else 2)
-        rows.append({"sampler": "ddim", "steps": k, "nfe": nfe} | evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution))
+        measured = evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution)
+        rows.append({"sampler": "ddim", "steps": k, "nfe": nfe} | measured)
         write_json(rows_file, rows)
     return rows, solution
 
@@ -136,18 +145,25 @@ def teacher_rows(evaluation, fresh):
 def table(rows):
     lines = ["sampler  steps  nfe  " + "  ".join(f"{name:>13}" for name, _ in COLUMNS)]
     for row in rows:
-        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['nfe']:3}  " + "  ".join(f"{format(row[name], form):>13}" for name, form in COLUMNS))
+        figures = "  ".join(f"{format(row[name], form):>13}" for name, form in COLUMNS)
+        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['nfe']:3}  {figures}")
     return "\n".join(lines)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--student", type=Path, default=TINY / "student", help="folder that train.py wrote (default: the shipped one)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--student", type=Path, default=TINY / "student",
+                   help="folder that train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
-    p.add_argument("--guidance", type=float, help="w of teacher and student, for a student trained on a range (default: its middle)")
-    p.add_argument("--images", type=int, default=5000, help="the Frechet distance of fewer is larger: compare like with like")
+    p.add_argument("--guidance", type=float,
+                   help="w of teacher and student, for a student trained on a range (default: its middle)")
+    p.add_argument("--images", type=int, default=5000,
+                   help="the Frechet distance of fewer is larger: compare like with like")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, help="where the figures go, and the picture beside them (default: STUDENT/evaluation.json)")
+    p.add_argument("--json", type=Path,
+                   help="where the figures go, and the picture beside them "
+                        "(default: STUDENT/evaluation.json)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
@@ -156,26 +172,32 @@ def main():
     student = load_student(args.student, args.teacher, pick_device(args.device))
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if not (teacher.folder / "judge").is_dir():
-        raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; the embedded teacher has")
+        raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; "
+                       "the embedded teacher has")
 
     evaluation = Evaluation(student, args.images, w, args.seed)
     rows, solution = teacher_rows(evaluation, args.fresh)
-    rows.append({"sampler": "student", "steps": 1, "nfe": 1} | evaluation.measure(evaluation.one_step, "student", solution))
-    step, one, decode = map(evaluation.seconds, (evaluation.ddim(1), evaluation.one_step, lambda eps, cond: teacher.decode(eps)))
+    measured = evaluation.measure(evaluation.one_step, "student", solution)
+    rows.append({"sampler": "student", "steps": 1, "nfe": 1} | measured)
+    timed = (evaluation.ddim(1), evaluation.one_step, lambda eps, cond: teacher.decode(eps))
+    step, one, decode = map(evaluation.seconds, timed)
     for row in rows:
         row["images_per_s"] = 1 / (decode + (one if row["sampler"] == "student" else row["steps"] * step))
 
-    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images; rmse to the Signal-ODE's solution on the "
-          f"first {len(solution)} noises; images/s from one step and one decoding, timed now\n{table(rows)}")
+    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images; "
+          f"rmse to the Signal-ODE's solution on the first {len(solution)} noises; "
+          f"images/s from one step and one decoding, timed now\n{table(rows)}")
     accuracy = evaluation.config["accuracy"]
-    print("the judge's own accuracy on the real test split: " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+    shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
+    print(f"the judge's own accuracy on the real test split: {shares}")
     out = args.json or args.student / "evaluation.json"
-    write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w, "judge": accuracy, "rows": rows})
+    write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
+                     "guidance": w, "judge": accuracy, "rows": rows})
     samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]
     with torch.no_grad():
-        pictures = [to_pil(teacher.decode(sampler(*evaluation.inputs(slice(0, 10))))) for sampler in samplers]
-    whole = sheet(pictures)
-    write_file(out.with_suffix(".png"), lambda path: whole.resize((3 * whole.width, 3 * whole.height), 0).save(path, "PNG"))
+        latents = [sampler(*evaluation.inputs(slice(0, 10))) for sampler in samplers]
+        whole = sheet([to_pil(teacher.decode(z)) for z in latents], 96)
+    write_file(out.with_suffix(".png"), lambda path: whole.save(path, "PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

@@ -1,4 +1,4 @@
-"""The judge of the embedded teacher's pictures: its features give the Frechet distance, its answers prompt alignment."""
+"""The judge of the teacher's pictures: its features give Frechet distance, its answers prompt alignment."""
 
 from pathlib import Path
 
@@ -50,11 +50,12 @@ def article(word):
 
 
 def frechet(a, b):
-    """Frechet distance of two feature sets (N, D), (M, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), float64."""
+    """Frechet distance of a (N, D), b (M, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), float64."""
     a, b = a.double(), b.double()
     root = matrix_sqrt(torch.cov(a.T))
     cross = torch.linalg.eigvalsh(root @ torch.cov(b.T) @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross).item()
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    return (shift + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross).item()
 
 
 def matrix_sqrt(c):

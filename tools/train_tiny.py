@@ -1,8 +1,8 @@
-"""Make everything under tiny/: train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST.
+"""Make all of tiny/: train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
-    python -m tools.train_tiny                                          all of the teacher; the same command resumes
-    python -m tools.train_tiny --stages student --student runs/best     ship that student of it, in half precision
+    python -m tools.train_tiny                                          the teacher; the same command resumes
+    python -m tools.train_tiny --stages student --student runs/best     ship that student, in half precision
 """
 
 import argparse
@@ -22,32 +22,38 @@ from tqdm import tqdm
 
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, noisy
-from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student, pick_device, save_student, write_file,
-                     write_json)
+from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student,
+                     pick_device, save_student, write_file, write_json)
 from tools.judge import Judge, article, load_judge, prompt
 
-GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-COLOURS = {"red": (217, 38, 38), "orange": (245, 140, 25), "yellow": (247, 221, 55), "green": (46, 160, 67), "blue": (45, 90, 220),
-           "purple": (130, 60, 175), "pink": (245, 150, 190), "white": (244, 244, 244)}
-PAIRS = list(itertools.permutations(range(len(COLOURS)), 2))                # garment colour, background colour: never equal
+GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
+            "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+COLOURS = {"red": (217, 38, 38), "orange": (245, 140, 25), "yellow": (247, 221, 55), "green": (46, 160, 67),
+           "blue": (45, 90, 220), "purple": (130, 60, 175), "pink": (245, 150, 190), "white": (244, 244, 244)}
+PAIRS = list(itertools.permutations(range(len(COLOURS)), 2))    # garment colour, background's: never equal
 COMBINATIONS = [(g, *pair) for g in range(len(GARMENTS)) for pair in PAIRS]
 HELD_OUT = set(random.Random(0).sample(COMBINATIONS, len(COMBINATIONS) // 10))              # never trained on
 
-SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-             "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
-             "timestep_spacing": "trailing", "trained_betas": None}
-VAE_CONFIG = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64], "layers_per_block": 1,
-              "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3,
-              "out_channels": 3, "latent_channels": 4, "norm_num_groups": 8, "sample_size": 32}
-TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu", "hidden_size": 64,
-               "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 77,
-               "layer_norm_eps": 1e-5, "projection_dim": 64, "pad_token_id": 0}
-UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": [2, 3], "block_out_channels": [64, 96],
-               "cross_attention_dim": 64, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "flip_sin_to_cos": True, "freq_shift": 0,
-               "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
-               "norm_eps": 1e-5, "norm_num_groups": 16, "sample_size": 8, "use_linear_projection": True}
-MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
-               "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+             "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False,
+             "set_alpha_to_one": True, "steps_offset": 1, "timestep_spacing": "trailing",
+             "trained_betas": None}
+VAE_CONFIG = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64],
+              "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"] * 3,
+              "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3, "out_channels": 3,
+              "latent_channels": 4, "norm_num_groups": 8, "sample_size": 32}
+TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu",
+               "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2,
+               "max_position_embeddings": 77, "layer_norm_eps": 1e-5, "projection_dim": 64, "pad_token_id": 0}
+UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": [2, 3],
+               "block_out_channels": [64, 96], "cross_attention_dim": 64,
+               "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "flip_sin_to_cos": True,
+               "freq_shift": 0, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 4,
+               "out_channels": 4, "layers_per_block": 1, "norm_eps": 1e-5, "norm_num_groups": 16,
+               "sample_size": 8, "use_linear_projection": True}
+MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+               "feature_extractor": [None, None], "image_encoder": [None, None],
+               "requires_safety_checker": False, "safety_checker": [None, None],
                "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
                "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
                "vae": ["diffusers", "AutoencoderKL"]}
@@ -60,12 +66,14 @@ def read_split(folder, split):
             with gzip.open(Path(folder) / f"{split}-{kind}-ubyte.gz") as file:
                 return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
         except FileNotFoundError as error:
-            raise BadInput(f"{error.filename} is missing: apt-get install dataset-fashion-mnist, or --data FOLDER") from None
-    return F.pad(read("images-idx3", 16).view(-1, 28, 28).float() / 255, (2, 2, 2, 2)), read("labels-idx1", 8).long()
+            raise BadInput(f"{error.filename} is missing: "
+                           "apt-get install dataset-fashion-mnist, or --data FOLDER") from None
+    images = read("images-idx3", 16).view(-1, 28, 28).float() / 255
+    return F.pad(images, (2, 2, 2, 2)), read("labels-idx1", 8).long()
 
 
 def tint(garments, colour, background):
-    """Images (B, 3, 32, 32) in [-1, 1]: the garment's light and shade in one colour, before a plain background."""
+    """Images (B, 3, 32, 32) in [-1, 1]: garments' light and shade in one colour, on a plain background."""
     palette = torch.tensor(list(COLOURS.values())) / 255
     value, cover = garments[:, None], (8 * garments[:, None]).clamp(max=1)
     cloth = palette[colour][:, :, None, None] * (0.25 + 0.75 * value)
@@ -87,19 +95,21 @@ def captions(labels, rng):
     texts, colours = [], list(COLOURS)
     for (g, c, b), u in zip(labels.tolist(), torch.rand(len(labels), generator=rng).tolist()):
         garment, colour, background = GARMENTS[g], colours[c], colours[b]
-        texts.append("" if u < 0.1 else phrasings(garment, colour, background)[0 if u < 0.7 else 1 if u < 0.85 else 2])
+        which = 0 if u < 0.7 else 1 if u < 0.85 else 2
+        texts.append("" if u < 0.1 else phrasings(garment, colour, background)[which])
     return texts
 
 
 def phrasings(garment, colour, background):
-    return (prompt(garment, colour, background), f"{colour} {garment}, {background} background", f"{article(garment)} in {colour} on {background}")
+    return (prompt(garment, colour, background), f"{colour} {garment}, {background} background",
+            f"{article(garment)} in {colour} on {background}")
 
 
 def fit(name, modules, loss, args, steps, lr, batch):
-    """Minimise loss(rng, batch) over the modules' parameters, and leave in them their average over the run's end.
+    """Minimise loss(rng, batch) over the modules' parameters; leaves in them the average over the run's end.
 
-    AdamW, warm-up, cosine to zero. Resumes from WORK/NAME.pt (delete it to train anew). The batch of a step depends on
-    (seed, step) alone, so an interrupted run ends where an uninterrupted one does.
+    AdamW, warm-up, cosine to zero. Resumes from WORK/NAME.pt (delete it to train anew). The batch of a step
+    depends on (seed, step) alone, so an interrupted run ends where an uninterrupted one does.
     """
     path, start, began = args.work / f"{name}.pt", 0, time.time()
     params = [p for m in modules for p in m.to(args.device).parameters()]
@@ -108,7 +118,8 @@ def fit(name, modules, loss, args, steps, lr, batch):
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         start = state["step"]
-        for p, a, saved, saved_average in zip(params, average, state["params"], state["average"], strict=True):
+        for p, a, saved, saved_average in zip(params, average, state["params"], state["average"],
+                                              strict=True):
             p.data.copy_(saved), a.copy_(saved_average)
         optimizer.load_state_dict(state["optimizer"])
         print(f"{name}: resuming at step {start} of {steps}")
@@ -118,7 +129,8 @@ def fit(name, modules, loss, args, steps, lr, batch):
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, decay)
         optimizer.step()
         with torch.no_grad():
             for a, p in zip(average, params):
@@ -126,9 +138,11 @@ def fit(name, modules, loss, args, steps, lr, batch):
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
             with open(args.work / f"{name}.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "loss": value.item(), "seconds": round(time.time() - began, 1)}) + "\n")
+                line = {"step": step, "loss": value.item(), "seconds": round(time.time() - began, 1)}
+                log.write(json.dumps(line) + "\n")
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"step": step + 1, "params": [p.detach() for p in params], "average": average, "optimizer": optimizer.state_dict()}
+            state = {"step": step + 1, "params": [p.detach() for p in params], "average": average,
+                     "optimizer": optimizer.state_dict()}
             write_file(path, lambda p: torch.save(state, p))
     for p, a in zip(params, average):
         p.data.copy_(a)
@@ -143,9 +157,11 @@ def save(folder, module, config, name=WEIGHTS):
 
 def make_tokenizer(args):
     """CLIP's byte-pair algorithm, learned until every word of the captions is one token."""
-    words = sorted({word for combination in COMBINATIONS for text in phrasings(*names(combination)) for word in text.replace(",", " ,").split()})
+    texts = {text for combination in COMBINATIONS for text in phrasings(*names(combination))}
+    words = sorted({word for text in texts for word in text.replace(",", " ,").split()})
     splits = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isalpha()}
-    splits |= {part: [*part[:-1], part[-1] + "</w>"] for word in words if "-" in word for part in word.split("-")}
+    parts = [part for word in words if "-" in word for part in word.split("-")]
+    splits |= {part: [*part[:-1], part[-1] + "</w>"] for part in parts}
     merges = []
     while pairs := [pair for split in splits.values() for pair in zip(split, split[1:])]:
         best = max(sorted(set(pairs)), key=pairs.count)
@@ -159,13 +175,17 @@ def make_tokenizer(args):
                     merged.append(symbol)
             splits[word] = merged
     symbols = sorted(chr(VISIBLE.get(byte, byte)) for byte in range(256))
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges),
+                  "<|startoftext|>", "<|endoftext|>"]
     folder = args.out / "tokenizer"
     write_json(folder / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
-    write_file(folder / "merges.txt", lambda p: p.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8"))
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!", "unk_token": "<|endoftext|>"}
+    lines = "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n"
+    write_file(folder / "merges.txt", lambda p: p.write_text(lines, encoding="utf-8"))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!",
+               "unk_token": "<|endoftext|>"}
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
+    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", config)
     write_json(args.out / "model_index.json", MODEL_INDEX)
     write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
     seen = [text for c in COMBINATIONS if c not in HELD_OUT for text in phrasings(*names(c))]
@@ -193,19 +213,22 @@ def train_vae(args, train):
 
     fit("vae", [vae], loss, args, args.vae_steps, 2e-3, 32)
     with torch.no_grad():
-        mean, _ = vae.moments(draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)[0].to(args.device))
+        images, _ = draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)
+        mean, _ = vae.moments(images.to(args.device))
     save(args.out / "vae", vae, dict(VAE_CONFIG, scaling_factor=round(1 / mean.std().item(), 5)))
 
 
 def train_judge(args, train):
     """The judge, on all combinations."""
     torch.manual_seed(args.seed)
-    config = {"garments": GARMENTS, "colours": list(COLOURS), "held_out": [names(c) for c in sorted(HELD_OUT)]}
+    held_out = [names(c) for c in sorted(HELD_OUT)]
+    config = {"garments": GARMENTS, "colours": list(COLOURS), "held_out": held_out}
     judge = Judge(config)
 
     def loss(rng, batch):
         images, labels = draw_batch(train, batch, rng, COMBINATIONS)
-        return sum(F.cross_entropy(a, label) for a, label in zip(judge.answers(judge(images.to(args.device))), labels.to(args.device).T))
+        answers = judge.answers(judge(images.to(args.device)))
+        return sum(F.cross_entropy(a, label) for a, label in zip(answers, labels.to(args.device).T))
 
     fit("judge", [judge], loss, args, args.judge_steps, 2e-3, 64)
     save(args.out / "judge", judge, config, "judge.safetensors")
@@ -213,13 +236,16 @@ def train_judge(args, train):
 
 @torch.no_grad()
 def measure_reference(args, test):
-    """The judge on the real test split, every picture in a random tint: 5,000 features, and its own accuracy."""
+    """The judge on the real test split, each picture in a random tint: 5,000 features, and its accuracy."""
     judge, config = load_judge(args.out / "judge")
     rng = torch.Generator().manual_seed(args.seed)
-    labels = torch.cat([test[1][:, None], torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[1]),), generator=rng)]], 1)
-    features = torch.cat([judge(tint(garments, *part[:, 1:].T)) for garments, part in zip(test[0].split(500), labels.split(500))])
+    pairs = torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[1]),), generator=rng)]
+    labels = torch.cat([test[1][:, None], pairs], 1)
+    parts = zip(test[0].split(500), labels.split(500))
+    features = torch.cat([judge(tint(garments, *part[:, 1:].T)) for garments, part in parts])
     right = torch.stack([a.argmax(1) for a in judge.answers(features)], 1) == labels
-    accuracy = dict(zip(("garment", "colour", "background", "all"), [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]))
+    shares = [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]
+    accuracy = dict(zip(("garment", "colour", "background", "all"), shares))
     reference = {"features": features[torch.randperm(len(features), generator=rng)[:5000]].half()}
     write_file(args.out / "judge" / "reference.safetensors", lambda p: save_file(reference, p))
     write_json(args.out / "judge" / "config.json", dict(config, accuracy=accuracy))
@@ -232,7 +258,8 @@ def train_unet(args, train):
     tokenizer, schedule = Tokenizer.from_folder(args.out / "tokenizer"), Schedule(SCHEDULER)
     vae = load_module(VAE, args.out / "vae", args.device, torch.float32)
     vocabulary = json.loads((args.out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    text_config = dict(TEXT_CONFIG, vocab_size=len(vocabulary), bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"])
+    text_config = dict(TEXT_CONFIG, vocab_size=len(vocabulary), bos_token_id=vocabulary["<|startoftext|>"],
+                       eos_token_id=vocabulary["<|endoftext|>"])
     unet, text_encoder = UNet(UNET_CONFIG).to(memory_format=torch.channels_last), TextEncoder(text_config)
     seen = [c for c in COMBINATIONS if c not in HELD_OUT]
 
@@ -259,13 +286,16 @@ def ship_student(args):
 
 def main():
     stages = ("tokenizer", "vae", "judge", "unet", "student")
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", default="/usr/share/datasets/fashion-mnist",
+                   help="folder with the four idx .gz files")
     p.add_argument("--out", type=Path, default=TINY, help="the teacher's folder")
-    p.add_argument("--work", type=Path, default=Path("runs/train_tiny"), help="checkpoints and logs; delete a stage's .pt to train it anew")
+    p.add_argument("--work", type=Path, default=Path("runs/train_tiny"),
+                   help="checkpoints and logs; delete a stage's .pt to train it anew")
     p.add_argument("--stages", nargs="+", default=stages[:4], choices=stages)
     p.add_argument("--vae-steps", type=int, default=6000)
-    p.add_argument("--judge-steps", type=int, default=6000)
+    p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
     p.add_argument("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
     p.add_argument("--seed", type=int, default=0)
