@@ -445,7 +445,8 @@ def sheet(rows, least=0):
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             whole.paste(image, (x * width, y * height))
-    return whole.resize([max(1, -(-least // width)) * size for size in whole.size], Image.Resampling.NEAREST)
+    factor = max(1, -(-least // width))
+    return whole.resize([factor * size for size in whole.size], Image.Resampling.NEAREST)
 
 
 # --------------------------------------------------------------------------------------------------- student

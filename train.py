@@ -67,8 +67,8 @@ def parse_args():
     g.add_argument("--solver", choices=["euler", "heun"], default="euler",
                    help="heun: a better target from a second teacher call")
     g.add_argument("--weight", type=float, default=0.0,
-                   help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean image, as "
-                        "the paper does; 2 in units of the signal, which favours the clean end")
+                   help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean "
+                        "image, as the paper does; 2 in units of the signal, which favours the clean end")
     g.add_argument("--boundary-weight", type=float, default=1.0,
                    help="beta; without it (0) nothing holds the noise end")
     g = p.add_argument_group("machine")
@@ -99,7 +99,7 @@ def parse_args():
 
 
 def draw(seed, step, indices, shape, T, num_prompts, guidance):
-    """Noise, time, prompt, guidance of a step's samples `indices`, each a function of (seed, step, index).
+    """Noise, time, prompt and guidance of a step's samples, each a pure function of (seed, step, index).
 
     So a run depends neither on the number of processes nor on where it was interrupted. Returns eps
     (B, *shape), t (B,) uniform on 1..T, prompt indices (B,), w (B,).
@@ -256,7 +256,7 @@ def main():
         s, boundary = (t - delta).clamp(min=0), eps.new_zeros(1)
         weight = (1 - contraction(t, s, schedule)).float() ** args.weight
         with autocast():
-            bootstrap = bootstrap_loss(*on(slice(None)), eps, t, s, schedule, args.solver, weight)          # (B,)
+            bootstrap = bootstrap_loss(*on(slice(None)), eps, t, s, schedule, args.solver, weight)  # (B,)
             if end and args.boundary_weight:
                 boundary = boundary_loss(*on(end), eps[end], schedule)
         boundary = boundary.sum() / len(range(0, args.batch, BOUNDARY_EVERY))

@@ -1,7 +1,4 @@
-"""The measures have known values on known distributions.
-
-The embedded teacher and student paint what they are told.
-"""
+"""The measures have known values on known distributions; teacher and student paint what they are told."""
 
 import json
 import shutil
