@@ -1,4 +1,4 @@
-"""Stable Diffusion's networks by hand, from their published configs: U-Net, VAE and CLIP text encoder.
+"""Stable Diffusion's and DDPM's networks by hand, from their published configs: U-Net, VAE, CLIP text encoder.
 
 Every module carries the name it has in the published checkpoints, so a state dict loads as it is.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def supported(key, value, *values):
@@ -47,25 +48,32 @@ def upsample(x, size):
 
 
 class Conv(nn.Module):
-    """A down- or up-sampler's convolution, under the name it has in the checkpoint: `downsamplers.0.conv`."""
+    """A down- or up-sampler's convolution, under the name it has in the checkpoint: `downsamplers.0.conv`.
+
+    Padding 0 stands for one pixel at the right and at the bottom, as the VAEs and the first DDPMs were trained.
+    """
 
     def __init__(self, channels, stride, padding):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
 
     def forward(self, x):
-        return self.conv(x)
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Resnet(nn.Module):
-    """Two residual convolutions, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between."""
+    """Two residual convolutions, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between.
 
-    def __init__(self, c_in, c_out, c_emb, groups, eps):
+    scale_shift: emb scales and shifts the second norm (Dhariwal & Nichol 2021) instead of being added before it.
+    """
+
+    def __init__(self, c_in, c_out, c_emb, groups, eps, scale_shift=False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = scale_shift
         if c_emb:
-            self.time_emb_proj = nn.Linear(c_emb, c_out)
+            self.time_emb_proj = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
@@ -73,9 +81,13 @@ class Resnet(nn.Module):
 
     def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        if emb is not None:
-            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        shift = 0 if emb is None else self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + shift)
+        h = self.conv2(F.silu(h))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -96,6 +108,24 @@ class Attention(nn.Module):
                    for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
         x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, N, d)
         return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over the pixels of x (B, C, h, w), with its own norm and biases: the VAE's and DDPM's."""
+
+    def __init__(self, channels, heads, groups, eps):
+        super().__init__()
+        self.heads = heads
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x, text=None):
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        q, k, v = (rearrange(layer(h), "b n (h d) -> b h n d", h=self.heads)
+                   for layer in (self.to_q, self.to_k, self.to_v))
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class GEGLU(nn.Module):
@@ -185,130 +215,147 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser of Stable Diffusion 1.x and 2.x (`UNet2DConditionModel`), from its published config dict.
+    """The denoiser, from its published config dict: `UNet2DConditionModel` of Stable Diffusion 1.x and 2.x, or
+    `UNet2DModel` of the DDPM family, which sees no text but the class if it has `num_class_embeds`.
 
-    A student is the same network with `class_embed_type="timestep"`, its embedding of the target time, and
-    with `time_cond_proj_dim`, its embedding of the guidance scale.
+    A student is the same network with an embedding of the target time (`class_embed_type="timestep"`, or
+    `target_embed_type` where the classes have that place) and, with `time_cond_proj_dim`, of the guidance scale.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        channels = config["block_out_channels"]
+        channels, pixel = config["block_out_channels"], config.get("_class_name") == "UNet2DModel"
         levels, c_emb = len(channels), 4 * channels[0]
-        # attention_head_dim is the number of heads: the published name lies
-        heads = per_level(config.get("num_attention_heads") or config["attention_head_dim"], levels)
-        depth = per_level(config.get("transformer_layers_per_block", 1), levels)
         layers, groups = config["layers_per_block"], config.get("norm_num_groups", 32)
         eps, linear = config.get("norm_eps", 1e-5), config.get("use_linear_projection", False)
-        for key, *values in (("act_fn", "silu"), ("downsample_padding", 1), ("center_input_sample", False),
+        padding = supported("downsample_padding", config.get("downsample_padding", 1), 0, 1)
+        # upcast_attention needs nothing here: scaled_dot_product_attention sums its scores in float32
+        for key, *values in (("act_fn", "silu"), ("center_input_sample", False), ("time_embedding_dim", None),
                              ("mid_block_scale_factor", 1), ("dual_cross_attention", False),
-                             ("num_class_embeds", None), ("only_cross_attention", False),
-                             ("addition_embed_type", None), ("attention_bias", False),
-                             ("resnet_time_scale_shift", "default"), ("class_embed_type", None, "timestep"),
-                             ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("encoder_hid_dim_type", None),
-                             ("time_embedding_type", "positional"), ("time_embedding_act_fn", None),
-                             ("timestep_post_act", None), ("resnet_out_scale_factor", 1.0),
-                             ("resnet_skip_time_act", False), ("cross_attention_norm", None),
-                             ("conv_in_kernel", 3), ("conv_out_kernel", 3)):
+                             ("only_cross_attention", False), ("class_embed_type", None, "timestep"),
+                             ("target_embed_type", None, "timestep"), ("addition_embed_type", None),
+                             ("attention_bias", False), ("downsample_type", "conv"), ("upsample_type", "conv"),
+                             ("resnet_time_scale_shift", "default", "scale_shift"),
+                             ("mid_block_type", "UNetMidBlock2D" if pixel else "UNetMidBlock2DCrossAttn"),
+                             ("encoder_hid_dim_type", None), ("time_embedding_type", "positional"),
+                             ("time_embedding_act_fn", None), ("timestep_post_act", None),
+                             ("resnet_out_scale_factor", 1.0), ("resnet_skip_time_act", False),
+                             ("cross_attention_norm", None), ("conv_in_kernel", 3), ("conv_out_kernel", 3)):
             supported(key, config.get(key, values[0]), *values)             # the first value is the default
+        scale_shift = config.get("resnet_time_scale_shift") == "scale_shift"
 
         def resnet(c_in, c_out):
-            return Resnet(c_in, c_out, c_emb, groups, eps)
+            return Resnet(c_in, c_out, c_emb, groups, eps, scale_shift)
 
-        def transformer(level):
-            c_text = config["cross_attention_dim"]
-            return Transformer(channels[level], heads[level], c_text, groups, linear, depth[level])
+        def attention(level, groups=groups):
+            if pixel:                                       # here attention_head_dim is the width of a head
+                width = config.get("attention_head_dim", 8) or channels[level]
+                return PixelAttention(channels[level], channels[level] // width, groups, eps)
+            # and here the number of heads: the published name lies
+            heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+            depth = config.get("transformer_layers_per_block", 1)
+            return Transformer(channels[level], per_level(heads, levels)[level], config["cross_attention_dim"],
+                               groups, linear, per_level(depth, levels)[level])
 
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], c_emb, config.get("time_cond_proj_dim"))
         if config.get("class_embed_type"):
             self.class_embedding = TimeEmbedding(channels[0], c_emb)
+        elif config.get("num_class_embeds"):
+            self.class_embedding = nn.Embedding(config["num_class_embeds"], c_emb)
+        if config.get("target_embed_type"):
+            self.target_embedding = TimeEmbedding(channels[0], c_emb)
 
+        plain, attending = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+        attending = attending if pixel else ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips, c = [channels[0]], channels[0]                               # channels of each skip connection
         for level, kind in enumerate(config["down_block_types"]):
-            supported("down_block_types", kind, "DownBlock2D", "CrossAttnDownBlock2D")
+            supported("down_block_types", kind, plain[0], attending[0])
             resnets = [resnet(c if j == 0 else channels[level], channels[level]) for j in range(layers)]
             c, last = channels[level], level == levels - 1
-            attentions = [transformer(level) for _ in range(layers)] if kind != "DownBlock2D" else ()
-            self.down_blocks.append(Block(resnets, attentions, downsample=None if last else Conv(c, 2, 1)))
+            attentions = [attention(level) for _ in range(layers)] if kind in attending else ()
+            self.down_blocks.append(
+                Block(resnets, attentions, downsample=None if last else Conv(c, 2, padding)))
             skips += [c] * (layers if last else layers + 1)
 
-        self.mid_block = Block([resnet(c, c), resnet(c, c)], [transformer(-1)])
+        if pixel and scale_shift:                           # an oddity of UNet2DModel: no norm in the middle
+            middle = [attention(-1, config.get("attn_norm_num_groups"))]
+        else:
+            middle = [attention(-1, config.get("attn_norm_num_groups") or groups)]
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], middle if config.get("add_attention", True) else ())
 
         for level, kind in zip(reversed(range(levels)), config["up_block_types"]):
-            supported("up_block_types", kind, "UpBlock2D", "CrossAttnUpBlock2D")
+            supported("up_block_types", kind, plain[1], attending[1])
             resnets = []
             for _ in range(layers + 1):
                 resnets.append(resnet(c + skips.pop(), channels[level]))
                 c = channels[level]
-            attentions = [transformer(level) for _ in resnets] if kind != "UpBlock2D" else ()
+            attentions = [attention(level) for _ in resnets] if kind in attending else ()
             self.up_blocks.append(Block(resnets, attentions, upsample=Conv(c, 1, 1) if level > 0 else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
+        self.checkpointing = False              # True: memory for time, layers are computed again going back
 
-    def forward(self, x, t, text=None, target=None, guidance=None):
+    def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w), float32, for x (B, in, h, w) at timestep index t (B,).
 
-        text: (B, L, D). target: (B,), the time a student shall predict; guidance: (B,), its guidance scale w.
-        The last norm and convolution run in their own dtype, float32, under any autocast (see
-        clean_prediction).
+        text: (B, L, D), or label: (B,) int64, as the network was trained. target: (B,), the time a student
+        shall predict; guidance: (B,), its guidance scale w. The last norm and convolution run in their own
+        dtype, float32, under any autocast (see clean_prediction).
         """
-        ranged = hasattr(self.time_embedding, "cond_proj")
-        if hasattr(self, "class_embedding") != (target is not None) or ranged != (guidance is not None):
-            raise ValueError("a student takes the target time, and guidance if trained for a range; "
-                             "a teacher takes neither")
+        named = {"target": target, "guidance": guidance, "label": label}
+        takes = {"target": self.config.get("class_embed_type") or self.config.get("target_embed_type"),
+                 "guidance": self.config.get("time_cond_proj_dim"), "label": self.config.get("num_class_embeds")}
+        for name, value in named.items():
+            if bool(takes[name]) != (value is not None):
+                raise ValueError(f"this network takes {'a' if takes[name] else 'no'} {name}: a student takes the "
+                                 "target time, and guidance if trained for a range; classes take a label")
         width, flip = self.conv_in.out_channels, self.config.get("flip_sin_to_cos", True)
         shift = self.config.get("freq_shift", 0)
         if guidance is not None:
             guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
         emb = self.time_embedding(sinusoid(t, width, flip, shift), guidance)            # (B, 4 * width)
+        if label is not None:
+            emb = emb + self.class_embedding(label)
         if target is not None:
-            emb = emb + self.class_embedding(sinusoid(target, width, flip, shift))
+            embedding = self.class_embedding if label is None else self.target_embedding
+            emb = emb + embedding(sinusoid(target, width, flip, shift))
 
-        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        def run(module, *inputs):
+            if self.checkpointing and torch.is_grad_enabled():
+                return checkpoint(module, *inputs, use_reentrant=False)
+            return module(*inputs)
+
+        x = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last))
         skips = [x]
         for block in self.down_blocks:
             for j, resnet in enumerate(block.resnets):
-                x = resnet(x, emb)
+                x = run(resnet, x, emb)
                 if hasattr(block, "attentions"):
-                    x = block.attentions[j](x, text)
+                    x = run(block.attentions[j], x, text)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, emb)
-        x = self.mid_block.attentions[0](x, text)
-        x = self.mid_block.resnets[1](x, emb)
+        x = run(self.mid_block.resnets[0], x, emb)
+        if hasattr(self.mid_block, "attentions"):
+            x = run(self.mid_block.attentions[0], x, text)
+        x = run(self.mid_block.resnets[1], x, emb)
 
         for block in self.up_blocks:
             for j, resnet in enumerate(block.resnets):
-                x = resnet(torch.cat([x, skips.pop()], 1), emb)
+                x = run(resnet, torch.cat([x, skips.pop()], 1), emb)
                 if hasattr(block, "attentions"):
-                    x = block.attentions[j](x, text)
+                    x = run(block.attentions[j], x, text)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](upsample(x, skips[-1].shape[2:]))
 
         with torch.autocast(x.device.type, enabled=False):
             return self.conv_out(F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype))))
-
-
-class VAEAttention(nn.Module):
-    """The VAE's one attention: a single head over all channels, with its own norm and biases."""
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x):
-        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + rearrange(self.to_out[0](h), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
 class VAE(nn.Module):
@@ -343,7 +390,7 @@ class VAE(nn.Module):
         for coder, c, c_out in ((self.encoder, channels[-1], 2 * c_latent),
                                 (self.decoder, channels[0], config["out_channels"])):
             coder.mid_block = Block(resnets(channels[-1], channels[-1], 2),
-                                    [VAEAttention(channels[-1], groups)])
+                                    [PixelAttention(channels[-1], 1, groups, 1e-6)])
             coder.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
             coder.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
@@ -351,12 +398,12 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """Mean and log-variance of the unscaled latents, each (B, 4, h, w)."""
-        x = self.encoder.conv_in(images)
+        x = self.encoder.conv_in(images.to(memory_format=torch.channels_last))
         for block in self.encoder.down_blocks:
             for resnet in block.resnets:
                 x = resnet(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](F.pad(x, (0, 1, 0, 1)))           # right and bottom, as in training
+                x = block.downsamplers[0](x)
         x = middle(self.encoder.mid_block, x)
         x = self.encoder.conv_out(F.silu(self.encoder.conv_norm_out(x)))
         mean, logvar = self.quant_conv(x).chunk(2, 1)
@@ -368,7 +415,8 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Images, about [-1, 1], of scaled latents."""
-        x = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale)
+        latents = latents.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
+        x = self.post_quant_conv(latents / self.scale)
         x = middle(self.decoder.mid_block, self.decoder.conv_in(x))
         for block in self.decoder.up_blocks:
             for resnet in block.resnets:

@@ -22,7 +22,9 @@ def parse_args():
                    help="folder that train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    p.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    p.add_argument("--label", action="append", default=[],
+                   help="class of a class-conditional teacher, its name or number; may be given several times")
+    p.add_argument("--prompts", type=Path, help="text file, one prompt or label a line")
     p.add_argument("--num", type=int, default=1, help="images of each prompt")
     p.add_argument("--seed", type=int, default=0,
                    help="of the first image; image N has seed + N, in any batch")
@@ -40,14 +42,19 @@ def parse_args():
 
 def main():
     args = parse_args()
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = args.prompt + args.label + (read_prompts(args.prompts) if args.prompts else [])
     # a shell may pass what isn't UTF-8
     prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
-    if not prompts:
-        raise BadInput("no prompt: give --prompt TEXT, or --prompts FILE with one a line")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     student = load_student(args.student, args.teacher, pick_device(args.device), dtype)
     teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
+    option = {"text": "--prompt", "label": "--label", None: ""}[teacher.kind]
+    for other, given in (("--prompt", args.prompt), ("--label", args.label), ("--prompts", args.prompts)):
+        if given and other.rstrip("s") != option and not (option and other == "--prompts"):
+            raise BadInput(f"{other} means nothing to teacher {teacher.spec}" + (f": give {option}" * bool(option)))
+    if option and not prompts:
+        raise BadInput(f"nothing to paint: give {option} TEXT, or --prompts FILE with one a line")
+    prompts = prompts or [""]                               # an unconditional teacher is told nothing
     for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                    ("--seed", args.seed, 0, 2**62),
                                    *(("--compare", k, 1, schedule.T) for k in args.compare)):

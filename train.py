@@ -1,10 +1,10 @@
 r"""Distil a diffusion teacher into a one-step student with BOOT: no images, only noise and prompts.
 
     python train.py                                             the embedded teacher on a laptop, minutes
-    python train.py --teacher FOLDER --out runs/mine            one GPU, or the CPU where there is none
-    torchrun --nproc_per_node=8 train.py --teacher FOLDER       eight GPUs
+    python train.py --teacher sd21 --out runs/mine              one GPU, or the CPU where there is none
+    torchrun --nproc_per_node=8 train.py --teacher sd21         eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-        train.py --teacher FOLDER
+        train.py --teacher sd21
 
 The same command again resumes. Ctrl-C saves and stops.
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shlex
 import signal
 import time
@@ -26,41 +27,53 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from signal_ode import bootstrap_loss, boundary_loss, contraction
-from teacher import (BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
+from teacher import (EMBEDDED, HUB, BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
                      read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
+
+# What suits a miniature and what suits a published teacher, where no option says otherwise
+SMALL = {"steps": 700, "lr": 5e-4, "warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 100}
+LARGE = {"steps": 50_000, "lr": 1e-5, "warmup": 500, "ema": 0.9999, "save_every": 500,
+         "sample_every": 1000}
 
 BINS = 4                    # the bootstrap loss is logged by quarter of the time
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: f(eps, T) is easily learned, costs as much
+
+
+def either(name):
+    return f"(default: {SMALL[name]} for an embedded teacher, {LARGE[name]} for another)"
 
 
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what")
-    g.add_argument("--teacher", default="tiny", help="tiny, or a folder in the diffusers layout")
+    g.add_argument("--teacher", default="tiny", help=f"{', '.join([*EMBEDDED, *HUB])}; a hub id or a folder in the diffusers layout; "
+                                                   "name@REVISION pins a hub repository")
     g.add_argument("--out", type=Path,
                    help="where everything goes; the same command resumes from it (default runs/TEACHER)")
     g.add_argument("--prompts", type=Path,
-                   help="text file, one prompt a line (default: the teacher's own prompts.txt)")
+                   help="text file, one prompt (or label) a line (default: the teacher's own prompts.txt or "
+                        "labels, else 100,000 composed from word lists)")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=700)
+    g.add_argument("--steps", type=int, help=either("steps"))
     g.add_argument("--batch", type=int, default=64, help="total over all processes")
     g.add_argument("--micro-batch", type=int,
                    help="what one device holds at once; halve it if you run out of memory "
                         "(default: its whole share)")
-    g.add_argument("--lr", type=float, default=5e-4, help="peak; 1e-5 to 1e-4 for Stable Diffusion")
-    g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    g.add_argument("--lr", type=float, help=f"peak {either('lr')}")
+    g.add_argument("--warmup", type=int, help=f"steps of linear warm-up {either('warmup')}")
     g.add_argument("--decay", type=float, default=0.6,
                    help="last part of the run over which the rate falls linearly to zero; "
                         "0 keeps it constant")
-    g.add_argument("--ema", type=float, default=0.99,
-                   help="decay of the averaged weights, which are the student; "
-                        "0.9999 for runs of 100,000 steps")
+    g.add_argument("--ema", type=float,
+                   help=f"decay of the averaged weights, which are the student {either('ema')}; 0 keeps no average "
+                        "and saves its memory")
     g = p.add_argument_group("method")
-    g.add_argument("--guidance", default="3",
-                   help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range")
-    g.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    g.add_argument("--guidance",
+                   help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range "
+                        "(default: 3 for an embedded teacher, 7.5 for another, 1 for one without an empty condition)")
+    g.add_argument("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
     g.add_argument("--input-time", type=int, default=400,
                    help="time at which the student's input is read, 1..T; the paper has T")
     g.add_argument("--num-steps", type=int, default=25, help="K: a bootstrap step spans delta = T / K")
@@ -75,27 +88,95 @@ def parse_args():
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--precision", choices=["fp32", "bf16"],
                    help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=100, help="steps between pictures")
+    g.add_argument("--grad-checkpointing", action="store_true",
+                   help="compute layers twice instead of keeping what they made: half the memory, a third slower")
+    g.add_argument("--save-every", type=int, help=f"steps between checkpoints {either('save_every')}")
+    g.add_argument("--sample-every", type=int,
+                   help=f"steps between pictures {either('sample_every')}; 0 makes none, and spares the teacher's "
+                        "fifty steps for them")
     g.add_argument("--dry-run", action="store_true",
                    help="load and check everything, print the plan, train nothing")
     args = p.parse_args()
     args.out = args.out or Path("runs") / Path(args.teacher).name
-    try:
-        lo_hi = [float(w) for w in args.guidance.split(":")]
-    except ValueError:
-        lo_hi = []
-    if not (all(map(math.isfinite, lo_hi)) and (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1])):
-        p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
-    args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
+    for name, value in (SMALL if args.teacher in EMBEDDED else LARGE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.guidance is not None:
+        try:
+            lo_hi = [float(w) for w in args.guidance.split(":")]
+        except ValueError:
+            lo_hi = []
+        if not (all(map(math.isfinite, lo_hi)) and (len(lo_hi) == 1 or len(lo_hi) == 2 and lo_hi[0] < lo_hi[1])):
+            p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
+        args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
     for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf),
                             ("lr", 0, math.inf), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 1),
                             ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf),
-                            ("sample_every", 1, math.inf)):
+                            ("sample_every", 0, math.inf)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             p.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
     return args
+
+
+SUBJECTS = {                    # what the composed prompts are about: their beginnings, middles and ends
+    ("a red fox|an old sailor|a golden retriever|a snowy owl|a young astronaut|a tabby cat|a street musician|a panda|"
+     "a ballet dancer|an elephant|a robot|a girl with an umbrella|a brown bear|a chef|a parrot|a knight in armour|"
+     "a white horse|a fisherman|a rabbit|a grandmother|a wolf|a gardener|a penguin|a cyclist|a raccoon in a space suit|"
+     "a tiger|a boy with a kite|a deer|a painter|a sea turtle|a scientist|a lion|a farmer|a hummingbird|a mountaineer|"
+     "a hedgehog|a violinist|a giraffe|a postman|an otter"):
+    ("sitting|standing|resting|looking back|reading a book|drinking tea|waiting|listening to music|walking slowly|"
+     "playing|laughing|dreaming|holding a lantern|carrying flowers|eating an apple|looking at the sky",
+     "in a quiet forest|on a sandy beach|in a busy street|in a library|by a mountain lake|in a field of lavender|"
+     "on a rooftop|in a small kitchen|in the snow|on an old bridge|in a desert|in front of a castle|on a train|"
+     "in a garden|under a big tree|at a harbour|in a museum|on a hill|in the rain|in a greenhouse"),
+    ("a teapot|a bicycle|a wooden chair|a lighthouse|a bowl of fruit|a violin|a vintage car|a pair of boots|a lamp|"
+     "a stack of books|a sailing boat|a birthday cake|a pocket watch|a guitar|a vase of tulips|a typewriter|a camera|"
+     "a loaf of bread|a chess set|a hot air balloon|a steam train|a cup of coffee|a glass bottle|a backpack|"
+     "a paper crane|a globe|a candle|a basket of apples|a telescope|a rocking horse|a sandwich|a clock tower|a tram|"
+     "a model ship|a red telephone|a woollen hat|a plate of pasta|a treasure chest|a cottage|a windmill"):
+    ("made of glass|covered in moss|painted blue|made of wood|with golden details|in bright yellow|made of paper|"
+     "wrapped in ribbon|with a floral pattern|made of copper|half in shadow|in pale green|with fine scratches|"
+     "made of marble|in black and white|with red stripes",
+     "on a table|by the window|on a stone wall|in tall grass|on a wooden floor|in an empty room|on a shelf|by the sea|"
+     "against a white background|on a blanket|in a market|at the edge of a wood|in fog|in a workshop|on a balcony|"
+     "in a shop window|beside a river|on a cobbled square|in the attic|under a street lamp"),
+    ("a mountain range|a fishing village|a city skyline|a waterfall|a pine forest|a coastline with cliffs|a rice terrace|"
+     "a desert with dunes|a canal with boats|a meadow of poppies|a frozen lake|a volcano|an island|a vineyard|a canyon|"
+     "a railway station|a temple|a cathedral|an alley with lanterns|a suburban street|an orchard|a glacier|a ruined abbey|"
+     "a jungle|a space station|an underwater reef|a night market|a country road|a football stadium|a ski slope"):
+    ("at dawn|at noon|at sunset|at night|under a full moon|before a storm|after the rain|in spring|in summer|in autumn|"
+     "in winter|in morning mist",
+     "seen from above|seen from far away|with birds in the sky|with a lone figure|with dramatic clouds|in soft light|"
+     "with long shadows|reflected in water|under a rainbow|with warm colours|in cold colours|with nobody there"),
+}
+STYLES = ("a photo of {}|a watercolour of {}|an oil painting of {}|{}, 35mm photograph|{}, pencil sketch|{}, digital art|"
+          "{}, studio lighting|{}, impressionist painting|a close-up of {}|{}, highly detailed|{}, isometric illustration|"
+          "{}, wide angle|a black and white photo of {}|{}, children's book illustration|{}, woodblock print|{}, pixel art|"
+          "{}, golden hour|{}, low poly render|{}|a poster of {}").split("|")
+
+
+def compose_prompts(num=100_000, seed=0):
+    """num distinct prompts from the word lists above, a function of the seed: animals and people, things, places."""
+    rng, prompts = random.Random(seed), {}
+    lists = [[part.split("|") for part in (beginning, *rest)] for beginning, rest in SUBJECTS.items()]
+    while len(prompts) < num:
+        text = " ".join(map(rng.choice, rng.choice(lists)))
+        prompts[rng.choice(STYLES).format(text)] = True
+    return list(prompts)
+
+
+def prompt_source(teacher, path=None):
+    """The prompts or labels to train on: those of a file, the teacher's own, or composed ones."""
+    own = teacher.folder / "prompts.txt"
+    if path or own.exists():
+        prompts = read_prompts(path or own)
+        if teacher.kind != "text":
+            teacher.encode(prompts)                         # an unknown label is found now, not in an hour
+        return prompts
+    if teacher.kind == "label":
+        return [name for name in teacher.labels if name]
+    return compose_prompts() if teacher.kind == "text" else [""]
 
 
 def draw(seed, step, indices, shape, T, num_prompts, guidance):
@@ -129,7 +210,7 @@ def save_state(path, network, average, optimizer, step):
     """All that resume needs, in one file: weights, average, Adam's moments. No generator: see draw()."""
     tensors = {}
     for (name, p), a in zip(network.named_parameters(), average):
-        tensors |= {f"weight.{name}": p.detach(), f"average.{name}": a}
+        tensors |= {f"weight.{name}": p.detach()} | ({f"average.{name}": a} if a.data_ptr() != p.data_ptr() else {})
         tensors |= {f"{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
     write_file(path, lambda p: save_file(tensors, p, {"step": str(step)}))
@@ -141,7 +222,9 @@ def load_state(path, network, average, optimizer):
     tensors, metadata = read_tensors(path)
     try:
         for (name, p), a in zip(network.named_parameters(), average):
-            p.copy_(tensors.pop(f"weight.{name}")), a.copy_(tensors.pop(f"average.{name}"))
+            p.copy_(tensors.pop(f"weight.{name}"))
+            if a.data_ptr() != p.data_ptr():
+                a.copy_(tensors.pop(f"average.{name}"))
             for m in MOMENTS:
                 optimizer.state[p][m].copy_(tensors.pop(f"{m}.{name}"))
             optimizer.state[p]["step"].fill_(int(metadata["step"]))
@@ -153,7 +236,7 @@ def load_state(path, network, average, optimizer):
 def check_config(path, config):
     """An earlier run's config.json here must say the same, but for what may change between two stretches."""
     # the fingerprint stands for the teacher
-    free = {"steps", "micro_batch", "device", "save_every", "sample_every", "teacher"}
+    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every", "teacher"}
     if path.exists():
         old = read_json(path)
         differ = [f"{k} {old.get(k)} there, {config[k]} here"
@@ -193,8 +276,10 @@ def main():
     for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
+    if args.guidance is None:
+        args.guidance = 1.0 if teacher.uncond is None else 3.0 if args.teacher in EMBEDDED else 7.5
     delta = round(schedule.T / args.num_steps)
-    prompts = read_prompts(args.prompts or teacher.folder / "prompts.txt")
+    prompts = prompt_source(teacher, args.prompts)
     config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
@@ -202,8 +287,9 @@ def main():
 
     student = new_student(teacher, args.input_time, args.guidance, args.negative_prompt)
     network = student.network.train().requires_grad_(True)
+    network.checkpointing = args.grad_checkpointing
     params = list(network.parameters())
-    average = [p.detach().clone() for p in params]
+    average = [p.detach().clone() if args.ema else p.detach() for p in params]      # or the weights themselves
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0)} | {m: torch.zeros_like(p) for m in MOMENTS}
@@ -268,14 +354,14 @@ def main():
     @contextlib.contextmanager
     def averaged():
         """The network with its averaged weights, for a while: they are the student, the others only train."""
-        trained = [p.detach().clone() for p in params]
+        trained = [p.data for p in params]
         for p, a in zip(params, average):
-            p.data.copy_(a)
+            p.data = a
         try:
             yield
         finally:
             for p, value in zip(params, trained):
-                p.data.copy_(value)
+                p.data = value
 
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
@@ -290,15 +376,21 @@ def main():
         shown = [prompts[k * len(prompts) // 8] for k in range(8)]
         eps_shown, cond_shown = noise(range(8), teacher.shape).to(device), teacher.encode(shown)
         w_shown = student.pick_guidance()
+
+    def row(sampler):
+        """The pictures of a callable (eps, cond) -> samples, as many at once as training holds."""
         with torch.no_grad(), autocast():
-            latents = student.solve(eps_shown, cond_shown, schedule.grid(50), w_shown)
-            teacher_row = to_pil(teacher.decode(latents))
+            parts = zip(eps_shown.split(micro), cond_shown.split(micro))
+            return [image for part in parts for image in to_pil(teacher.decode(sampler(*part)))]
+
+    if rank == 0 and args.sample_every:
+        teacher_row = row(lambda eps, cond: student.solve(eps, cond, schedule.grid(50), w_shown))
 
     def picture(step):
         """samples/step_N.png: the teacher's 50 steps above the student's one."""
-        with torch.no_grad(), autocast(), averaged():
-            row = to_pil(teacher.decode(student(eps_shown, 0, cond_shown, w_shown)))
-        whole = sheet([teacher_row, row], 96)
+        with averaged():
+            student_row = row(lambda eps, cond: student(eps, 0, cond, w_shown))
+        whole = sheet([teacher_row, student_row], 96)
         write_file(args.out / "samples" / f"step_{step}.png", lambda p: whole.save(p, "PNG"))
 
     done, began = start, time.time() - seconds
@@ -325,7 +417,7 @@ def main():
         optimizer.step()
         with torch.no_grad():
             decay = min(args.ema, (step + 1) / (step + 10))
-            for a, p in zip(average, params):
+            for a, p in zip(average, params if args.ema else ()):
                 a.lerp_(p, 1 - decay)
 
         done = step + 1
@@ -338,7 +430,7 @@ def main():
                 file.write(json.dumps(line) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or stopping):
             save(done)
-        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             picture(done)
         if stopping:
             break
@@ -349,8 +441,9 @@ def main():
     elif rank == 0:
         out = shlex.quote(str(args.out))
         print(f"the student is in {args.out / 'student'}\n"
-              f"  python sample.py --student {out} --prompt {shlex.quote(prompts[0])}\n"
-              f"  python -m tools.evaluate --student {out}")
+              f"  python sample.py --student {out}"
+              + (f" --{'prompt' if teacher.kind == 'text' else 'label'} {shlex.quote(prompts[0])}" * bool(teacher.kind))
+              + (f"\n  python -m tools.evaluate --student {out}" if (teacher.folder / "judge").is_dir() else ""))
 
 
 if __name__ == "__main__":

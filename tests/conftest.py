@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # read at import: no test ever asks the real hub
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("train --teacher nosuch", "teacher 'nosuch' is neither a name (tiny) nor a folder"),
+    ("train --teacher nosuch", "teacher 'nosuch' is neither a name (tiny, sd21"),
     ("train --solver rk4", "invalid choice: 'rk4'"),
     ("train --guidance 5:2", "--guidance 5:2 is neither a number nor LO:HI"),
     ("train --guidance nan", "--guidance nan is neither a number nor LO:HI"),
@@ -227,7 +227,7 @@ def bad(tmp_path):
     ("train --prompts {bad}/none.txt", "none.txt is missing"),
     ("train --out {bad}/file/run", "can't write"),
     ("train --device nosuch", "--device nosuch is not available"),
-    ("sample", "no prompt"),
+    ("sample", "nothing to paint: give --prompt TEXT"),
     ("sample --prompt x --student {bad}", "holds no student"),
     ("sample --prompt x --teacher {bad}", "scheduler_config.json is missing"),
     ("sample --prompt x --out {bad}/file", "can't write"),

@@ -60,6 +60,53 @@ def test_unet_equals_diffusers(change, size):
         assert_close(ours(x, t, text, target, w), expected)
 
 
+PIXEL = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32, 32],
+         "layers_per_block": 2, "norm_num_groups": 8, "attention_head_dim": 8, "sample_size": 16,
+         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+         "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}
+DDPM = {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
+        "norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize("change", [
+    {}, DDPM, {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 7},
+    {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4}, {"add_attention": False},
+    {"num_class_embeds": 7, **DDPM}, {"class_embed_type": "timestep"}])
+@pytest.mark.parametrize("size", [(16, 16), (20, 12)])
+def test_pixel_unet_equals_diffusers(change, size):
+    config = {**PIXEL, **change}
+    theirs = shaken(diffusers.UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}))
+    ours = UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, t = torch.randn(3, 3, *size), torch.tensor([0, 400, 999])
+    label = torch.tensor([0, 3, 6]) if "num_class_embeds" in change else None
+    target = torch.tensor([0, 17, 1000]) if "class_embed_type" in change else None
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=target if label is None else label).sample
+        assert_close(ours(x, t, target=target, label=label), expected)
+
+
+def test_text_unet_with_scale_shift_equals_diffusers():
+    config = {**SMALL, "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5}
+    theirs = shaken(diffusers.UNet2DConditionModel(**config))
+    ours = UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, t, text, label = torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), torch.randn(2, 7, 24), torch.tensor([1, 4])
+    with torch.no_grad():
+        assert_close(ours(x, t, text, label=label), theirs(x, t, text, class_labels=label).sample)
+
+
+def test_checkpointing_changes_no_gradient():
+    config = {**PIXEL, "num_class_embeds": 3}
+    ours, x, t, label = UNet(config), torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 2])
+    gradients = []
+    for ours.checkpointing in (False, True):
+        ours.zero_grad()
+        ours(x, t, label=label).square().sum().backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("change", [{}, {"layers_per_block": 2, "block_out_channels": [16, 32, 32]}])
 def test_vae_equals_diffusers(change):
     config = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,

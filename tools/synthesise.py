@@ -1,0 +1,77 @@
+"""A checkpoint of random weights with a published checkpoint's exact configs, tensor names, dtypes and shapes.
+
+    python -m tools.synthesise MANIFEST_FOLDER OUT
+
+MANIFEST_FOLDER holds the configs in the diffusers layout and manifest.json: {file: {"tensors": {name: [dtype, shape]}}}.
+For measuring at full size what has no download: loading, memory, speed, agreement with the reference library.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from teacher import BadInput, command, read_json, write_file
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
+
+
+def tensor(name, dtype, shape, rng):
+    """Weights with which activations keep their size, as trained ones do; every value random."""
+    if dtype == "I64":                                      # position_ids, the one thing that is no weight
+        return np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+    values = rng.standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        values = values * np.float32(0.1) + np.float32("norm" in name and name.endswith("weight"))
+    else:
+        values *= np.float32(math.prod(shape[1:]) ** -0.5)
+    return values.astype(DTYPES[dtype])
+
+
+def write_tensors(file, tensors, seed=0):
+    """A safetensors file of random tensors {name: (dtype, shape)}, one tensor in memory at a time."""
+    header, offset, rng = {"__metadata__": {"format": "pt"}}, 0, np.random.default_rng(seed)
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, (dtype, shape) in tensors.items():
+        file.write(tensor(name, dtype, shape, rng).tobytes())
+
+
+def synthesise(source, out, manifest=None, seed=0):
+    """The checkpoint folder `out` from the configs in `source` and its manifest.json, or the one given."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / path.relative_to(source))
+    for name, part in (manifest or read_json(source / "manifest.json")).items():
+        def write(path):
+            with open(path, "wb") as file:
+                write_tensors(file, part["tensors"], seed)
+        write_file(out / name, write)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", type=Path)
+    p.add_argument("out", type=Path)
+    args = p.parse_args()
+    if not (args.source / "manifest.json").exists():
+        raise BadInput(f"{args.source} has no manifest.json")
+    synthesise(args.source, args.out)
+    tokenizer = args.source.parent / "clip-tokenizer"       # one vocabulary for all, kept beside the manifests
+    if (args.out / "tokenizer").is_dir() and tokenizer.is_dir():
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(tokenizer / name, args.out / "tokenizer" / name)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    command(main)
