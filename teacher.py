@@ -122,7 +122,8 @@ def read_tensors(paths, device="cpu", dtype=None):
                         name = names.pop()
                         tensor = file.get_tensor(name)
                         size += tensor.nbytes
-                        kept = torch.float32 if dtype and name.startswith(FLOAT32) else dtype
+                        half = dtype in (torch.float16, torch.bfloat16)
+                        kept = torch.float32 if half and name.startswith(FLOAT32) else dtype
                         moved = tensor.to(device, kept)
                         if moved is not tensor and moved.ndim == 4:
                             moved = moved.to(memory_format=torch.channels_last)
