@@ -44,8 +44,8 @@ def parse_args():
                    help="text file, one prompt a line (default: the teacher's own prompts.txt)")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=700)
-    g.add_argument("--batch", type=int, default=64, help="total over all processes")
+    g.add_argument("--steps", type=int, default=1200)
+    g.add_argument("--batch", type=int, default=32, help="total over all processes")
     g.add_argument("--micro-batch", type=int,
                    help="what one device holds at once; halve it if you run out of memory "
                         "(default: its whole share)")
@@ -61,15 +61,15 @@ def parse_args():
     g.add_argument("--guidance", default="3",
                    help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    g.add_argument("--input-time", type=int, default=400,
+    g.add_argument("--input-time", type=int, default=600,
                    help="time at which the student's input is read, 1..T; the paper has T")
-    g.add_argument("--num-steps", type=int, default=25, help="K: a bootstrap step spans delta = T / K")
-    g.add_argument("--solver", choices=["euler", "heun"], default="euler",
-                   help="heun: a better target from a second teacher call")
+    g.add_argument("--num-steps", type=int, default=10, help="K: a bootstrap step spans delta = T / K")
+    g.add_argument("--solver", choices=["euler", "heun"], default="heun",
+                   help="heun: a better target from a second teacher call; with euler, double K")
     g.add_argument("--weight", type=float, default=0.0,
                    help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean "
                         "image, as the paper does; 2 in units of the signal, which favours the clean end")
-    g.add_argument("--boundary-weight", type=float, default=1.0,
+    g.add_argument("--boundary-weight", type=float, default=0.1,
                    help="beta; without it (0) nothing holds the noise end")
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
