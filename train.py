@@ -31,8 +31,8 @@ from teacher import (EMBEDDED, HUB, BadInput, command, load_teacher, new_student
                      read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
 
 # What suits a miniature and what suits a published teacher, where no option says otherwise
-SMALL = {"steps": 700, "lr": 5e-4, "warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 100}
-LARGE = {"steps": 50_000, "lr": 1e-5, "warmup": 500, "ema": 0.9999, "save_every": 500,
+SMALL = {"steps": 1200, "batch": 32, "lr": 5e-4, "warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 100}
+LARGE = {"steps": 50_000, "batch": 64, "lr": 1e-5, "warmup": 500, "ema": 0.9999, "save_every": 500,
          "sample_every": 1000}
 
 BINS = 4                    # the bootstrap loss is logged by quarter of the time
@@ -57,7 +57,7 @@ def parse_args():
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, help=either("steps"))
-    g.add_argument("--batch", type=int, default=64, help="total over all processes")
+    g.add_argument("--batch", type=int, help=f"total over all processes {either('batch')}")
     g.add_argument("--micro-batch", type=int,
                    help="what one device holds at once; halve it if you run out of memory "
                         "(default: its whole share)")
@@ -74,15 +74,15 @@ def parse_args():
                    help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range "
                         "(default: 3 for an embedded teacher, 7.5 for another, 1 for one without an empty condition)")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
-    g.add_argument("--input-time", type=int, default=400,
+    g.add_argument("--input-time", type=int, default=600,
                    help="time at which the student's input is read, 1..T; the paper has T")
-    g.add_argument("--num-steps", type=int, default=25, help="K: a bootstrap step spans delta = T / K")
-    g.add_argument("--solver", choices=["euler", "heun"], default="euler",
-                   help="heun: a better target from a second teacher call")
+    g.add_argument("--num-steps", type=int, default=10, help="K: a bootstrap step spans delta = T / K")
+    g.add_argument("--solver", choices=["euler", "heun"], default="heun",
+                   help="heun: a better target from a second teacher call; with euler, double K")
     g.add_argument("--weight", type=float, default=0.0,
                    help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean "
                         "image, as the paper does; 2 in units of the signal, which favours the clean end")
-    g.add_argument("--boundary-weight", type=float, default=1.0,
+    g.add_argument("--boundary-weight", type=float, default=0.1,
                    help="beta; without it (0) nothing holds the noise end")
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")

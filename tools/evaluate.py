@@ -163,7 +163,7 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
-                        "(default: STUDENT/evaluation.json)")
+                        "(default: STUDENT/evaluation.json; runs/shipped/ for the shipped one)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
@@ -190,7 +190,8 @@ def main():
     accuracy = evaluation.config["accuracy"]
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")
-    out = args.json or args.student / "evaluation.json"
+    shipped = args.student.resolve() == TINY / "student"
+    out = args.json or (Path("runs/shipped") if shipped else args.student) / "evaluation.json"
     write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
                      "guidance": w, "judge": accuracy, "rows": rows})
     samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]
