@@ -47,8 +47,9 @@ def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what")
-    g.add_argument("--teacher", default="tiny", help=f"{', '.join([*EMBEDDED, *HUB])}; a hub id or a folder in the diffusers layout; "
-                                                   "name@REVISION pins a hub repository")
+    g.add_argument("--teacher", default="tiny",
+                   help=f"{', '.join([*EMBEDDED, *HUB])}, a hub id, each with @REVISION if wished, or a folder in "
+                        "the diffusers layout (default: tiny)")
     g.add_argument("--out", type=Path,
                    help="where everything goes; the same command resumes from it (default runs/TEACHER)")
     g.add_argument("--prompts", type=Path,
@@ -119,50 +120,12 @@ def parse_args():
     return args
 
 
-SUBJECTS = {                    # what the composed prompts are about: their beginnings, middles and ends
-    ("a red fox|an old sailor|a golden retriever|a snowy owl|a young astronaut|a tabby cat|a street musician|a panda|"
-     "a ballet dancer|an elephant|a robot|a girl with an umbrella|a brown bear|a chef|a parrot|a knight in armour|"
-     "a white horse|a fisherman|a rabbit|a grandmother|a wolf|a gardener|a penguin|a cyclist|a raccoon in a space suit|"
-     "a tiger|a boy with a kite|a deer|a painter|a sea turtle|a scientist|a lion|a farmer|a hummingbird|a mountaineer|"
-     "a hedgehog|a violinist|a giraffe|a postman|an otter"):
-    ("sitting|standing|resting|looking back|reading a book|drinking tea|waiting|listening to music|walking slowly|"
-     "playing|laughing|dreaming|holding a lantern|carrying flowers|eating an apple|looking at the sky",
-     "in a quiet forest|on a sandy beach|in a busy street|in a library|by a mountain lake|in a field of lavender|"
-     "on a rooftop|in a small kitchen|in the snow|on an old bridge|in a desert|in front of a castle|on a train|"
-     "in a garden|under a big tree|at a harbour|in a museum|on a hill|in the rain|in a greenhouse"),
-    ("a teapot|a bicycle|a wooden chair|a lighthouse|a bowl of fruit|a violin|a vintage car|a pair of boots|a lamp|"
-     "a stack of books|a sailing boat|a birthday cake|a pocket watch|a guitar|a vase of tulips|a typewriter|a camera|"
-     "a loaf of bread|a chess set|a hot air balloon|a steam train|a cup of coffee|a glass bottle|a backpack|"
-     "a paper crane|a globe|a candle|a basket of apples|a telescope|a rocking horse|a sandwich|a clock tower|a tram|"
-     "a model ship|a red telephone|a woollen hat|a plate of pasta|a treasure chest|a cottage|a windmill"):
-    ("made of glass|covered in moss|painted blue|made of wood|with golden details|in bright yellow|made of paper|"
-     "wrapped in ribbon|with a floral pattern|made of copper|half in shadow|in pale green|with fine scratches|"
-     "made of marble|in black and white|with red stripes",
-     "on a table|by the window|on a stone wall|in tall grass|on a wooden floor|in an empty room|on a shelf|by the sea|"
-     "against a white background|on a blanket|in a market|at the edge of a wood|in fog|in a workshop|on a balcony|"
-     "in a shop window|beside a river|on a cobbled square|in the attic|under a street lamp"),
-    ("a mountain range|a fishing village|a city skyline|a waterfall|a pine forest|a coastline with cliffs|a rice terrace|"
-     "a desert with dunes|a canal with boats|a meadow of poppies|a frozen lake|a volcano|an island|a vineyard|a canyon|"
-     "a railway station|a temple|a cathedral|an alley with lanterns|a suburban street|an orchard|a glacier|a ruined abbey|"
-     "a jungle|a space station|an underwater reef|a night market|a country road|a football stadium|a ski slope"):
-    ("at dawn|at noon|at sunset|at night|under a full moon|before a storm|after the rain|in spring|in summer|in autumn|"
-     "in winter|in morning mist",
-     "seen from above|seen from far away|with birds in the sky|with a lone figure|with dramatic clouds|in soft light|"
-     "with long shadows|reflected in water|under a rainbow|with warm colours|in cold colours|with nobody there"),
-}
-STYLES = ("a photo of {}|a watercolour of {}|an oil painting of {}|{}, 35mm photograph|{}, pencil sketch|{}, digital art|"
-          "{}, studio lighting|{}, impressionist painting|a close-up of {}|{}, highly detailed|{}, isometric illustration|"
-          "{}, wide angle|a black and white photo of {}|{}, children's book illustration|{}, woodblock print|{}, pixel art|"
-          "{}, golden hour|{}, low poly render|{}|a poster of {}").split("|")
-
-
 def compose_prompts(num=100_000, seed=0):
-    """num distinct prompts from the word lists above, a function of the seed: animals and people, things, places."""
-    rng, prompts = random.Random(seed), {}
-    lists = [[part.split("|") for part in (beginning, *rest)] for beginning, rest in SUBJECTS.items()]
-    while len(prompts) < num:
-        text = " ".join(map(rng.choice, rng.choice(lists)))
-        prompts[rng.choice(STYLES).format(text)] = True
+    """num distinct prompts from the word lists of prompts.json, a function of the seed."""
+    words, rng, prompts = read_json(Path(__file__).parent / "prompts.json"), random.Random(seed), {}
+    while len(prompts) < num:                               # a dict keeps them distinct and in order
+        scene = " ".join(map(rng.choice, rng.choice(words["scenes"])))
+        prompts[rng.choice(words["styles"]).format(scene)] = True
     return list(prompts)
 
 
