@@ -519,6 +519,8 @@ class Teacher:
         self.vae = self.text_encoder = self.labels = self.kind = self.uncond = None
         if config.get("_class_name") != "UNet2DModel":
             self.kind = "text"
+            if config.get("num_class_embeds"):
+                raise BadInput(f"{where}: num_class_embeds beside text is not supported: null")
             try:
                 self.tokenizer = Tokenizer.from_folder(folder / "tokenizer")
             except ValueError as error:

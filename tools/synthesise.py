@@ -2,7 +2,8 @@
 
     python -m tools.synthesise MANIFEST_FOLDER OUT
 
-MANIFEST_FOLDER holds the configs in the diffusers layout and manifest.json, {file: {"tensors": {name: [dtype, shape]}}}.
+MANIFEST_FOLDER holds the configs in the diffusers layout and manifest.json:
+{file: {"tensors": {name: [dtype, shape]}}}.
 For measuring at full size what has no download: loading, memory, speed, agreement with the reference library.
 """
 
