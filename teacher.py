@@ -32,7 +32,7 @@ from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
 TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY}
+EMBEDDED = {"tiny": TINY, "tiny-pixel": TINY / "pixel"}
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"
 

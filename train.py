@@ -406,7 +406,7 @@ def main():
         print(f"the student is in {args.out / 'student'}\n"
               f"  python sample.py --student {out}"
               + (f" --{'prompt' if teacher.kind == 'text' else 'label'} {shlex.quote(prompts[0])}" * bool(teacher.kind))
-              + (f"\n  python -m tools.evaluate --student {out}" if (teacher.folder / "judge").is_dir() else ""))
+              + (f"\n  python -m tools.evaluate --student {out}" if args.teacher in EMBEDDED else ""))
 
 
 if __name__ == "__main__":

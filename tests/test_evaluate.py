@@ -43,7 +43,7 @@ def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
     """Real rows on 100 images of a copied teacher; a second call finds the first, measures the second."""
     shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
     monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
-    monkeypatch.setattr("tools.evaluate.NUM_RMSE", 10)
+    monkeypatch.setattr("tools.evaluate.EXACT", 10 * 256)
     evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
     rows, solution = teacher_rows(evaluation, fresh=False)
     [stored] = (tmp_path / "tiny" / "evaluation").glob("*.json")

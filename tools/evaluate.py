@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from teacher import (TINY, BadInput, command, load_student, noise, pick_device, 
 from tools.judge import frechet, load_judge, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
-NUM_RMSE = 512                              # noises whose exact solution is kept to measure against
+EXACT = 2**17                               # numbers of exact solutions that are kept to measure against
 COLUMNS = (("frechet", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"),
            ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
 
@@ -42,6 +43,14 @@ def precision_recall(fake, real):
     return covered(fake, real, neighbour_radius(real)), covered(real, fake, neighbour_radius(fake))
 
 
+def judge_folder(teacher):
+    """The judge of an embedded teacher, its own or the one they share. Raises BadInput."""
+    for folder in (teacher.folder / "judge", teacher.folder.parent / "judge"):
+        if folder.is_dir():
+            return folder
+    raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; the embedded ones have")
+
+
 def combinations(config, num, seed):
     """num combinations (garment, colour, background): garments in turn, random colours, never two alike."""
     rng, pairs = random.Random(seed), list(itertools.permutations(config["colours"], 2))
@@ -53,21 +62,25 @@ class Evaluation:
 
     def __init__(self, student, images, w, seed, batch=250):
         self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
-        self.judge, self.config = load_judge(self.teacher.folder / "judge", self.teacher.device)
-        reference = self.teacher.folder / "judge" / "reference.safetensors"
+        folder = judge_folder(self.teacher)
+        self.judge, self.config = load_judge(folder, self.teacher.device)
+        reference = folder / "reference.safetensors"
         self.real = read_tensors(reference, dtype=torch.float32)[0]["features"]
         self.combinations = combinations(self.config, images, seed)
+        if self.teacher.kind == "label":                    # told the garment alone; its colours are free
+            self.combinations = [(garment,) for garment, _, _ in self.combinations]
+        self.num_exact = min(images, EXACT // math.prod(self.teacher.shape))
         self.seeds = range(seed * 10**6, seed * 10**6 + images)
         held_out = {tuple(c) for c in self.config["held_out"]}
         self.held_out = torch.tensor([c in held_out for c in self.combinations])
         garments, colours = self.config["garments"], self.config["colours"]
-        self.labels = torch.tensor([[garments.index(g), colours.index(c), colours.index(b)]
-                                    for g, c, b in self.combinations])
+        self.labels = torch.tensor([[words.index(word) for words, word in zip((garments, colours, colours), c)]
+                                    for c in self.combinations])
 
     def inputs(self, part):
         """eps and text embeddings of a slice of the images."""
         eps = noise(self.seeds[part], self.teacher.shape).to(self.teacher.device)
-        return eps, self.teacher.encode([prompt(*c) for c in self.combinations[part]])
+        return eps, self.teacher.encode([c[0] if len(c) == 1 else prompt(*c) for c in self.combinations[part]])
 
     def ddim(self, steps):
         """The guided teacher in that many DDIM steps, as a sampler."""
@@ -88,14 +101,18 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, sampler, name, solution):
-        """A row's figures of quality; solution: (NUM_RMSE, ...) latents of the first noises."""
+        """A row's figures of quality; solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
         features = torch.cat([self.judge(self.teacher.decode(part)) for part in latents.split(self.batch)])
-        right = torch.stack([a.argmax(1).cpu() for a in self.judge.answers(features)], 1) == self.labels
+        answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
+        right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
         features = features.cpu()
         precision, recall = precision_recall(features, self.real)
         row = {"frechet": frechet(features, self.real), "precision": precision, "recall": recall}
         for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
+            if not mask.any():
+                row[f"align_{which}"] = None
+                continue
             row[f"align_{which}"] = right[mask].all(1).float().mean().item()
             row |= {f"{attribute}_{which}": value for attribute, value in
                     zip(("garment", "colour", "background"), right[mask].float().mean(0).tolist())}
@@ -116,11 +133,12 @@ class Evaluation:
 def teacher_rows(evaluation, fresh):
     """(rows, solution) of the teacher: stored in its folder by a hash of files and settings, or measured."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "judge"):
-        for path in sorted(p for p in (folder / name).iterdir() if p.is_file()):
+    for part in (*(folder / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+                 judge_folder(evaluation.teacher)):
+        for path in sorted(p for p in part.glob("*") if p.is_file()):
             digest.update(path.read_bytes())
     settings = [evaluation.w, evaluation.student.negative_prompt, evaluation.seeds[0], len(evaluation.seeds),
-                STEPS, NUM_RMSE]
+                STEPS, EXACT // math.prod(evaluation.teacher.shape)]
     digest.update(json.dumps(settings).encode())
     path = folder / "evaluation" / digest.hexdigest()[:16]
     rows_file, solution_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
@@ -130,8 +148,7 @@ def teacher_rows(evaluation, fresh):
         print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
               f"and storing it in {path.parent}", flush=True)
     if not stored:
-        num = min(NUM_RMSE, len(evaluation.seeds))
-        solution = evaluation.sample(evaluation.solution, num, "Signal-ODE solution")
+        solution = evaluation.sample(evaluation.solution, evaluation.num_exact, "Signal-ODE solution")
         write_file(solution_file, lambda p: save_file({"solution": solution.half().cpu()}, p))
     solution = read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
     for k in STEPS[len(rows):]:                 # each is stored at once: an interrupted measurement goes on
@@ -145,7 +162,7 @@ def teacher_rows(evaluation, fresh):
 def table(rows):
     lines = ["sampler  steps  nfe  " + "  ".join(f"{name:>13}" for name, _ in COLUMNS)]
     for row in rows:
-        figures = "  ".join(f"{format(row[name], form):>13}" for name, form in COLUMNS)
+        figures = "  ".join(f"{'-' if row[name] is None else format(row[name], form):>13}" for name, form in COLUMNS)
         lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['nfe']:3}  {figures}")
     return "\n".join(lines)
 
@@ -171,10 +188,6 @@ def main():
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     student = load_student(args.student, args.teacher, pick_device(args.device))
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
-    if not (teacher.folder / "judge").is_dir():
-        raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; "
-                       "the embedded teacher has")
-
     evaluation = Evaluation(student, args.images, w, args.seed)
     rows, solution = teacher_rows(evaluation, args.fresh)
     measured = evaluation.measure(evaluation.one_step, "student", solution)

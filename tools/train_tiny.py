@@ -1,8 +1,9 @@
-"""Make all of tiny/: train the embedded teacher, a miniature Stable Diffusion, on tinted Fashion-MNIST.
+"""Make all of tiny/: train the embedded teachers, a miniature Stable Diffusion and a pixel model, on tinted Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
-    python -m tools.train_tiny                                          the teacher; the same command resumes
+    python -m tools.train_tiny                                          the teachers; the same command resumes
     python -m tools.train_tiny --stages student --student runs/best     ship that student, in half precision
+    python -m tools.train_tiny --stages student --student runs/tiny-pixel
 """
 
 import argparse
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, noisy
 from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student,
-                     pick_device, save_student, write_file, write_json)
+                     pick_device, read_json, save_student, write_file, write_json)
 from tools.judge import Judge, article, load_judge, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
@@ -51,6 +52,16 @@ UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attenti
                "freq_shift": 0, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 4,
                "out_channels": 4, "layers_per_block": 1, "norm_eps": 1e-5, "norm_num_groups": 16,
                "sample_size": 8, "use_linear_projection": True}
+PIXEL_CONFIG = {"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": 16,
+                "block_out_channels": [16, 48, 64], "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+                "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"], "in_channels": 3, "out_channels": 3,
+                "layers_per_block": 1, "norm_eps": 1e-5, "norm_num_groups": 8, "sample_size": 32,
+                "num_class_embeds": len(GARMENTS) + 1}
+PIXEL_SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
+                   "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": True,
+                   "variance_type": "fixed_small", "trained_betas": None}
+PIXEL_INDEX = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.30.0", "scheduler": ["diffusers", "DDPMScheduler"],
+               "unet": ["diffusers", "UNet2DModel"], "id2label": dict(enumerate([*GARMENTS, ""]))}
 MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
                "feature_extractor": [None, None], "image_encoder": [None, None],
                "requires_safety_checker": False, "safety_checker": [None, None],
@@ -277,15 +288,36 @@ def train_unet(args, train):
     save(args.out / "text_encoder", text_encoder, text_config, "model.safetensors")
 
 
+def train_pixel(args, train):
+    """The second teacher, in pixels: the class is the garment, its colours are left to chance."""
+    torch.manual_seed(args.seed)
+    schedule = Schedule(PIXEL_SCHEDULER)
+    unet = UNet(PIXEL_CONFIG).to(memory_format=torch.channels_last)
+
+    def loss(rng, batch):
+        x_0, labels = draw_batch(train, batch, rng, COMBINATIONS)
+        label = torch.where(torch.rand(batch, generator=rng) < 0.1, len(GARMENTS), labels[:, 0]).to(args.device)
+        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(args.device)
+        eps = torch.randn(x_0.shape, generator=rng).to(args.device)
+        return F.mse_loss(unet(noisy(x_0.to(args.device), eps, t, schedule), t - 1, label=label), eps)
+
+    fit("pixel", [unet], loss, args, args.pixel_steps, 1e-3, 64)
+    save(args.out / "pixel" / "unet", unet, PIXEL_CONFIG)
+    write_json(args.out / "pixel" / "model_index.json", PIXEL_INDEX)
+    write_json(args.out / "pixel" / "scheduler" / "scheduler_config.json", PIXEL_SCHEDULER)
+
+
 def ship_student(args):
-    """tiny/student: a trained student in half precision, of the teacher that is there."""
-    student = load_student(args.student, args.out)
-    student.teacher.spec = "tiny"
-    save_student(args.out / "student", student, dtype=torch.float16)
+    """tiny/student or tiny/pixel/student: a trained student in half precision, of the teacher that is there."""
+    pixel = read_json(args.student / "student" / "student.json")["teacher"] == "tiny-pixel"
+    folder = args.out / "pixel" if pixel else args.out
+    student = load_student(args.student, folder)
+    student.teacher.spec = "tiny-pixel" if pixel else "tiny"
+    save_student(folder / "student", student, dtype=torch.float16)
 
 
 def main():
-    stages = ("tokenizer", "vae", "judge", "unet", "student")
+    stages = ("tokenizer", "vae", "judge", "unet", "pixel", "student")
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data", default="/usr/share/datasets/fashion-mnist",
@@ -293,17 +325,18 @@ def main():
     p.add_argument("--out", type=Path, default=TINY, help="the teacher's folder")
     p.add_argument("--work", type=Path, default=Path("runs/train_tiny"),
                    help="checkpoints and logs; delete a stage's .pt to train it anew")
-    p.add_argument("--stages", nargs="+", default=stages[:4], choices=stages)
+    p.add_argument("--stages", nargs="+", default=stages[:5], choices=stages)
     p.add_argument("--vae-steps", type=int, default=6000)
     p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
+    p.add_argument("--pixel-steps", type=int, default=5000)
     p.add_argument("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
     args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    if set(args.stages) & {"vae", "judge", "unet"}:
+    if set(args.stages) & {"vae", "judge", "unet", "pixel"}:
         train = read_split(args.data, "train")
     if "tokenizer" in args.stages:
         make_tokenizer(args)
@@ -314,6 +347,8 @@ def main():
         measure_reference(args, read_split(args.data, "t10k"))
     if "unet" in args.stages:
         train_unet(args, train)
+    if "pixel" in args.stages:
+        train_pixel(args, train)
     if "student" in args.stages:
         ship_student(args)
 
