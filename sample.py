@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from teacher import (TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil,
+from teacher import (PRECISION, TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil,
                      write_file)
 
 
@@ -36,7 +36,7 @@ def parse_args():
     p.add_argument("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
     p.add_argument("--batch", type=int, default=16, help="images at once; halve it if you run out of memory")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--precision", choices=list(PRECISION), default="fp32")
     return p.parse_args()
 
 
@@ -45,8 +45,7 @@ def main():
     prompts = args.prompt + args.label + (read_prompts(args.prompts) if args.prompts else [])
     # a shell may pass what isn't UTF-8
     prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    student = load_student(args.student, args.teacher, pick_device(args.device), dtype)
+    student = load_student(args.student, args.teacher, pick_device(args.device), PRECISION[args.precision])
     teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
     option = {"text": "--prompt", "label": "--label", None: ""}[teacher.kind]
     for other, given in (("--prompt", args.prompt), ("--label", args.label), ("--prompts", args.prompts)):

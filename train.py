@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from signal_ode import bootstrap_loss, boundary_loss, contraction
-from teacher import (EMBEDDED, HUB, BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
+from teacher import (EMBEDDED, HUB, PRECISION, BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
                      read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
 
 # What suits a miniature and what suits a published teacher, where no option says otherwise
@@ -87,7 +87,7 @@ def parse_args():
                    help="beta; without it (0) nothing holds the noise end")
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    g.add_argument("--precision", choices=["fp32", "bf16"],
+    g.add_argument("--precision", choices=list(PRECISION),
                    help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
     g.add_argument("--grad-checkpointing", action="store_true",
                    help="compute layers twice instead of keeping what they made: half the memory, a third slower")
@@ -232,7 +232,7 @@ def main():
         raise BadInput(f"--micro-batch {micro} does not divide {share}, each process's share of --batch")
     device = pick_device(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype, scale = PRECISION[precision], 2.0**10 if precision == "fp16" else 1.0     # lest small gradients vanish
 
     teacher = load_teacher(args.teacher, device, dtype)
     schedule = teacher.schedule
@@ -309,7 +309,7 @@ def main():
             if end and args.boundary_weight:
                 boundary = boundary_loss(*on(end), eps[end], schedule)
         boundary = boundary.sum() / len(range(0, args.batch, BOUNDARY_EVERY))
-        (bootstrap.sum() / args.batch + args.boundary_weight * boundary).backward()
+        (bootstrap.sum() / args.batch + args.boundary_weight * boundary).mul(scale).backward()
         by_time = torch.zeros(2, BINS, device=device).index_add_(
             1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
         return torch.cat([by_time.flatten(), boundary.detach().view(1)])
@@ -369,6 +369,9 @@ def main():
         if world > 1:                                   # every process, every step: no collective in a branch
             for tensor in [log, *(p.grad for p in params)]:
                 dist.all_reduce(tensor)
+        if scale > 1:
+            for p in params:
+                p.grad.div_(scale)
         sums, counts, boundary, stopping = log[:BINS], log[BINS:2 * BINS], log[-2].item(), log[-1].item() > 0
         bootstrap, norm = sums.sum().item() / args.batch, torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         if not math.isfinite(bootstrap + boundary + norm):
@@ -376,7 +379,7 @@ def main():
                               len(prompts), args.guidance)
             raise BadInput(f"the loss is not finite at step {step} (first times {t.tolist()}, "
                            f"guidance {[round(v, 2) for v in w.tolist()]}); what {args.out} holds is whole: "
-                           "lower --lr, or take --precision fp32")
+                           "lower --lr, or take --precision bf16 or fp32")
         optimizer.step()
         with torch.no_grad():
             decay = min(args.ema, (step + 1) / (step + 10))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import UNet
+from signal_ode import bootstrap_target
 from teacher import (TINY, WEIGHTS, BadInput, load_student, load_teacher, new_student, noise, save_student,
                      write_file)
 
@@ -144,13 +145,27 @@ def test_old_attention_names_load(tiny, copy):
     assert torch.equal(load_teacher(copy).decode(eps), tiny.decode(eps))
 
 
-def test_bfloat16_teacher_predicts_in_float32(tiny):
-    rough = load_teacher("tiny", dtype=torch.bfloat16)
-    assert torch.equal(rough.unet.conv_out.weight, tiny.unet.conv_out.weight)
-    assert rough.unet.conv_in.weight.dtype == torch.bfloat16
-    eps = noise(range(64), tiny.shape)
-    f, exact = (teacher.denoise(eps, 1000, teacher.encode(PROMPTS[:1] * 64)) for teacher in (rough, tiny))
-    assert f.dtype == torch.float32 and 0 < (f - exact).square().mean().sqrt() < 0.1
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.04), (torch.float16, 0.005), (torch.float32, 1e-5)])
+def test_rounded_networks_stay_within_their_bound(tiny, dtype, bound):
+    """RMS error against float64, over the RMS: of f, times 15 at T by 1 / alpha_T, and of the bootstrap target."""
+    exact, rough = load_teacher("tiny", dtype=torch.float64), load_teacher("tiny", dtype=dtype)
+    assert rough.unet.conv_in.weight.dtype == dtype
+    assert rough.unet.conv_out.weight.dtype == (torch.float32 if dtype.itemsize == 2 else dtype)
+    eps, prompts = noise(range(32), tiny.shape), PROMPTS * 16
+    error = lambda a, b: ((a - b).square().mean() / b.square().mean()).sqrt().item()
+    for t in (1000, 500, 40):
+        f, f_64 = (teacher.denoise(x, t, teacher.encode(prompts), 3.0)
+                   for teacher, x in ((rough, eps), (exact, eps.double())))
+        assert f.dtype == torch.float32 and error(f, f_64) < bound
+        targets = []
+        for teacher, x in ((rough, eps), (exact, eps.double())):
+            student, cond = new_student(teacher, 600, 3.0), teacher.encode(prompts)
+            student.network.to(x.dtype)                     # float32, and under autocast as in training
+            with torch.autocast("cpu", dtype, enabled=x.dtype == torch.float32 and dtype.itemsize == 2):
+                targets.append(bootstrap_target(
+                    lambda e, t: student(e, t, cond), lambda x_t, t: teacher.denoise(x_t, t, cond, 3.0), x,
+                    torch.full((32,), t), torch.full((32,), t - 40), teacher.schedule, "heun"))
+        assert targets[0].dtype == torch.float32 and error(*targets) < bound
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):

@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 
 from model import UNet
-from teacher import BadInput, command, load_module, pick_device, read_json
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from teacher import PRECISION, BadInput, command, load_module, pick_device, read_json
 
 
 def reference(folder, device, dtype):
@@ -100,7 +98,7 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--unet", type=Path, required=True, help="folder of config.json and weights")
-    p.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    p.add_argument("--precision", choices=list(PRECISION), default="fp32")
     p.add_argument("--size", type=int, help="height and width of the sample (default: the config's)")
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--repeat", type=int, default=5)
@@ -108,7 +106,7 @@ def main():
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--loading", choices=list(LOADERS), help=argparse.SUPPRESS)
     args = p.parse_args()
-    device, dtype = pick_device(args.device), DTYPES[args.precision]
+    device, dtype = pick_device(args.device), PRECISION[args.precision]
     if args.loading:
         return measure_loading(args.loading, args.unet, device, dtype)
     rows = {name: [] for name in LOADERS}
