@@ -419,7 +419,7 @@ def explain(error):
     return f"can't be had ({reason}): the same command goes on where it broke off; a local folder works as well"
 
 
-def fetch(repo, revision=None, sha256={}):
+def fetch(repo, revision=None, sha256=None):
     """The local folder of a hub repository's files, from the cache or downloaded; only those needed, no pickle.
 
     sha256: part ("unet", ...) -> the hash that its weights, a single file, must have; checked once, on arrival.
@@ -443,9 +443,9 @@ def fetch(repo, revision=None, sha256={}):
     except Exception as error:
         raise BadInput(f"{repo} {explain(error)}") from None
     for name in fresh:
-        expected = sha256.get(name.split("/")[0]) if name.endswith(".safetensors") and ".fp16" not in name else None
-        path = (folder / name).resolve()
-        if expected:
+        part, _, file_name = name.partition("/")
+        if file_name in (WEIGHTS, "model.safetensors") and (expected := (sha256 or {}).get(part)):
+            path = (folder / name).resolve()                # of a snapshot's link, the file
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
@@ -468,7 +468,7 @@ def resolve(spec):
         failures = []
         for repo in repos:
             try:
-                folder = fetch(repo, revision or None, {} if revision else sha256)
+                folder = fetch(repo, revision or None, None if revision else sha256)
                 print(f"{name} is {repo}, in {folder}", file=sys.stderr)
                 return folder, spec
             except BadInput as error:
@@ -477,7 +477,10 @@ def resolve(spec):
     if Path(spec).is_dir():
         return Path(spec), str(Path(spec).resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return fetch(name, revision or None), spec
+        try:
+            return fetch(name, revision or None), spec
+        except BadInput as error:
+            raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
     raise BadInput(f"{spec!r} is neither a name ({', '.join([*EMBEDDED, *HUB])}), nor a folder, nor a hub id")
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from teacher import TINY, WEIGHTS
-from train import learning_rate
+from train import compose_prompts, learning_rate
 
 SHORT = ["train.py", "--batch", 8, "--steps", 6, "--save-every", 2, "--sample-every", 6, "--warmup", 2]
 PROMPT = "a red ankle boot on a yellow background"
@@ -79,6 +79,12 @@ def test_killed_run_resumes_bitwise(run, trained, tmp_path):
     done = run(*SHORT, "--out", tmp_path)
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     assert_bitwise_equal(tmp_path, trained[0])
+
+
+def test_composed_prompts_are_many_distinct_and_repeatable():
+    prompts = compose_prompts()
+    assert len(set(prompts)) == 100_000 and prompts[:50] == compose_prompts(50)
+    assert all(3 <= len(prompt.split()) <= 24 for prompt in prompts)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -214,7 +220,7 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("train --teacher nosuch", "teacher 'nosuch' is neither a name (tiny, sd21"),
+    ("train --teacher nosuch", "'nosuch' is neither a name (tiny"),
     ("train --solver rk4", "invalid choice: 'rk4'"),
     ("train --guidance 5:2", "--guidance 5:2 is neither a number nor LO:HI"),
     ("train --guidance nan", "--guidance nan is neither a number nor LO:HI"),
