@@ -91,6 +91,12 @@ class Resnet(nn.Module):
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
+def attend(q, k, v, heads, causal=False):
+    """Multi-head attention of queries (B, N, C) to keys and values (B, L, C) -> (B, N, C)."""
+    q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=heads) for z in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)")
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (B, N, C) on itself or on context (B, L, D)."""
 
@@ -104,10 +110,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=self.heads)
-                   for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, N, d)
-        return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class PixelAttention(nn.Module):
@@ -122,10 +125,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x, text=None):
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        q, k, v = (rearrange(layer(h), "b n (h d) -> b h n d", h=self.heads)
-                   for layer in (self.to_q, self.to_k, self.to_v))
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
+        h = self.to_out[0](attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class GEGLU(nn.Module):
@@ -280,11 +281,10 @@ class UNet(nn.Module):
                 Block(resnets, attentions, downsample=None if last else Conv(c, 2, padding)))
             skips += [c] * (layers if last else layers + 1)
 
-        if pixel and scale_shift:                           # an oddity of UNet2DModel: no norm in the middle
-            middle = [attention(-1, config.get("attn_norm_num_groups"))]
-        else:
-            middle = [attention(-1, config.get("attn_norm_num_groups") or groups)]
-        self.mid_block = Block([resnet(c, c), resnet(c, c)], middle if config.get("add_attention", True) else ())
+        # an oddity of UNet2DModel: with scale and shift, the attention in the middle has no norm
+        middle = config.get("attn_norm_num_groups") or (None if pixel and scale_shift else groups)
+        self.mid_block = Block([resnet(c, c), resnet(c, c)],
+                               [attention(-1, middle)] if config.get("add_attention", True) else ())
 
         for level, kind in zip(reversed(range(levels)), config["up_block_types"]):
             supported("up_block_types", kind, plain[1], attending[1])
@@ -448,9 +448,8 @@ class TextLayer(nn.Module):
 
     def forward(self, x):
         h, attn = self.layer_norm1(x), self.self_attn
-        q, k, v = (rearrange(attn[f"{name}_proj"](h), "b n (h d) -> b h n d", h=self.heads) for name in "qkv")
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + attn["out_proj"](rearrange(h, "b h n d -> b n (h d)"))
+        h = attend(*(attn[f"{name}_proj"](h) for name in "qkv"), self.heads, causal=True)
+        x = x + attn["out_proj"](h)
         return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x))))
 
 

@@ -47,13 +47,14 @@ def main():
     prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
     student = load_student(args.student, args.teacher, pick_device(args.device), PRECISION[args.precision])
     teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
-    option = {"text": "--prompt", "label": "--label", None: ""}[teacher.kind]
-    for other, given in (("--prompt", args.prompt), ("--label", args.label), ("--prompts", args.prompts)):
-        if given and other.rstrip("s") != option and not (option and other == "--prompts"):
-            raise BadInput(f"{other} means nothing to teacher {teacher.spec}" + (f": give {option}" * bool(option)))
-    if option and not prompts:
+    option = {"text": "--prompt", "label": "--label", None: "neither"}[teacher.kind]
+    for other, given in (("--prompt", args.prompt), ("--label", args.label)):
+        if given and other != option:
+            raise BadInput(f"{other} means nothing to teacher {teacher.spec}: it takes {option}")
+    if teacher.kind is None:
+        prompts = [""]                                      # it is told nothing
+    elif not prompts:
         raise BadInput(f"nothing to paint: give {option} TEXT, or --prompts FILE with one a line")
-    prompts = prompts or [""]                               # an unconditional teacher is told nothing
     for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                    ("--seed", args.seed, 0, 2**62),
                                    *(("--compare", k, 1, schedule.T) for k in args.compare)):
@@ -75,9 +76,9 @@ def main():
             for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", args.student),
                                ("compare", args.compare or "")):
                 info.add_itxt(key, str(value))
-            pictures.append(sheet([images]))
-            path = args.out / f"{seed:06d}.png"
-            write_file(path, lambda p: pictures[-1].save(p, "PNG", pnginfo=info))
+            picture, path = sheet([images]), args.out / f"{seed:06d}.png"
+            write_file(path, lambda p: picture.save(p, "PNG", pnginfo=info))
+            pictures += [picture] if args.grid else []
             print(f"{path}  {text}")
     if args.grid:
         columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))

@@ -32,6 +32,8 @@ class Schedule:
     def __init__(self, config):
         self.T = config.get("num_train_timesteps", 1000)
         self.prediction = config.get("prediction_type", "epsilon")
+        if "_class_name" in config and not {"beta_start", "trained_betas"} & set(config):
+            raise ValueError(f"_class_name {config['_class_name']!r} is not supported: it has no betas")
         kind, T = config.get("beta_schedule", "linear"), self.T
         beta_1, beta_T = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
@@ -44,6 +46,8 @@ class Schedule:
                 raise ValueError(f"{key} {config[key]!r} is not supported: False")
         if config.get("trained_betas") is not None:
             betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+            if len(betas) != T:
+                raise ValueError(f"trained_betas has {len(betas)} values, num_train_timesteps is {T}")
         elif kind == "linear":
             betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
         elif kind == "scaled_linear":
@@ -61,7 +65,8 @@ class Schedule:
     def table(self, t):
         device = t.device if torch.is_tensor(t) else torch.device("cpu")
         if device not in self.tables:
-            self.tables[device] = tuple(values.to(device) for values in self.tables[torch.device("cpu")])
+            dtype = torch.float32 if device.type == "mps" else torch.float64        # Apple's GPUs have no double
+            self.tables[device] = tuple(values.to(device, dtype) for values in self.tables[torch.device("cpu")])
         return self.tables[device]
 
     def alpha(self, t):

@@ -9,6 +9,7 @@
     images = student.teacher.decode(student(eps, 0, cond))
 """
 
+import contextlib
 import functools
 import hashlib
 import heapq
@@ -21,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
 from PIL import Image
@@ -32,7 +33,7 @@ from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
 TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY, "tiny-pixel": TINY / "pixel"}
+EMBEDDED = {"tiny": TINY, }
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"
@@ -50,6 +51,11 @@ def command(main):
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, halve --micro-batch or --batch ({error})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def pick_device(name=None):
@@ -61,19 +67,22 @@ def pick_device(name=None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {name} is not available here ({reason}): try cpu") from None
+        raise BadInput(f"--device {name or device} is not available here ({reason}): try cpu") from None
     return device
 
 
 # ----------------------------------------------------------------------------------------------------- files
 
-def read_json(path):
+def read_json(path, kind=dict):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def write_file(path, write):
@@ -104,6 +113,16 @@ def write_json(path, value):
 FLOAT32 = ("conv_norm_out.", "conv_out.")
 
 
+@contextlib.contextmanager
+def open_tensors(path):
+    """safetensors' safe_open; what is wrong with the file is a BadInput."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+
+
 def read_tensors(paths, device="cpu", dtype=None):
     """({name: tensor}, metadata) of safetensors files, tensor by tensor to device and dtype (but see FLOAT32).
 
@@ -112,25 +131,22 @@ def read_tensors(paths, device="cpu", dtype=None):
     """
     tensors, metadata = {}, {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        try:
-            with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if not name.endswith("position_ids")]     # no weight
-                metadata |= file.metadata() or {}
-            while names:                # opened anew now and then: what was read of it counts as memory used
-                with safe_open(path, "pt") as file:
-                    size = 0
-                    while names and size < 2**27:
-                        name = names.pop()
-                        tensor = file.get_tensor(name)
-                        size += tensor.nbytes
-                        half = dtype in (torch.float16, torch.bfloat16)
-                        kept = torch.float32 if half and name.startswith(FLOAT32) else dtype
-                        moved = tensor.to(device, kept)
-                        if moved is not tensor and moved.ndim == 4:
-                            moved = moved.to(memory_format=torch.channels_last)
-                        tensors[name] = moved
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+        with open_tensors(path) as file:
+            names = [name for name in file.keys() if not name.endswith("position_ids")]         # no weight
+            metadata |= file.metadata() or {}
+        while names:                    # opened anew now and then: what was read of it counts as memory used
+            with open_tensors(path) as file:
+                size = 0
+                while names and size < 2**27:
+                    name = names.pop()
+                    tensor = file.get_tensor(name)
+                    size += tensor.nbytes
+                    half = dtype in (torch.float16, torch.bfloat16)
+                    kept = torch.float32 if half and name.startswith(FLOAT32) else dtype
+                    moved = tensor.to(device, kept)
+                    if moved is not tensor and moved.ndim == 4:
+                        moved = moved.to(memory_format=torch.channels_last)
+                    tensors[name] = moved
     return tensors, metadata
 
 
@@ -157,7 +173,7 @@ def build(network, config, tensors, where):
             module = network(config)
     except KeyError as error:
         raise BadInput(f"{where}: the config has no {error}") from None
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise BadInput(f"{where}: {error}") from None
     tensors = {modern(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -229,8 +245,7 @@ OLD_RUN = _table(
 CHUNK = re.compile(r"[\S\x1c-\x1f]+")           # Python counts 1c..1f as white space, the reference doesn't
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^a-z0-9]+")
 PIECE = re.compile(r"<\|(?:start|end)oftext\|>|" + WORD.pattern)
-# Merges are written in visible characters, one for each byte: a byte without a visible one gets one beyond
-# Latin-1.
+# Merges are written in visible characters, one for each byte: without a visible one it gets one beyond Latin-1
 VISIBLE = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
@@ -301,8 +316,7 @@ class Tokenizer:
                 raise ValueError(f"the tokenizer's files don't belong together: vocab.json has no {text!r}")
         self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in named)
 
-        # A special token is looked for in the prompt as written or, if its entry says so, normalized: in any
-        # case.
+        # A special token is looked for in the prompt as written or, if its entry says so, normalized
         normalized = {token["content"]: token.get("normalized", False) for token in added.values() or named}
         self.written = {text: self.vocab[text] for text in normalized if not normalized[text]}
         self.loose = {_normalize(text): self.vocab[text] for text in normalized if normalized[text]}
@@ -422,7 +436,7 @@ def explain(error):
 def fetch(repo, revision=None, sha256=None):
     """The local folder of a hub repository's files, from the cache or downloaded; only those needed, no pickle.
 
-    sha256: part ("unet", ...) -> the hash that its weights, a single file, must have; checked once, on arrival.
+    sha256: part ("unet", ...) -> the hash that its weights must have, where they are a single file.
     Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Raises BadInput.
     """
     try:
@@ -437,21 +451,21 @@ def fetch(repo, revision=None, sha256=None):
     files = needed([file.rfilename for file in info.siblings])
     if not any(name.endswith(".safetensors") for name in files):
         raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
-    fresh = [f for f in files if not isinstance(try_to_load_from_cache(repo, f, revision=info.sha), str)]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
         raise BadInput(f"{repo} {explain(error)}") from None
-    for name in fresh:
-        part, _, file_name = name.partition("/")
-        if file_name in (WEIGHTS, "model.safetensors") and (expected := (sha256 or {}).get(part)):
-            path = (folder / name).resolve()                # of a snapshot's link, the file
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                path.unlink(), (folder / name).unlink(missing_ok=True)
-                raise BadInput(f"{repo} has another {name} than published (sha256 {found[:12]}, not "
-                               f"{expected[:12]}), which was deleted again")
+    for part, expected in (sha256 or {}).items():
+        path = folder / part / ("model.safetensors" if part == "text_encoder" else WEIGHTS)
+        if not path.exists():                               # filed in another way: published as well, hash unknown
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            for file in (path.resolve(), path):             # the cache's copy, and the link to it
+                file.unlink(missing_ok=True)
+            raise BadInput(f"{repo} has another {part}/{path.name} than published (sha256 {found[:12]}, not "
+                           f"{expected[:12]}), which was deleted again")
     return folder
 
 
@@ -513,15 +527,21 @@ class Teacher:
         self.unet_folder, self.dtype = within("unet"), dtype
         where = self.unet_folder / "config.json"
         config = read_json(where)
-        for key in ("in_channels", "sample_size"):
-            if not isinstance(config.get(key), int):
-                raise BadInput(f"{where}: {key} = {config.get(key)!r} is not supported: a whole number")
+        pixel, channels = config.get("_class_name") == "UNet2DModel", config.get("in_channels")
+        for key, good, wanted in (
+                ("in_channels", channels == 3 or channels and not pixel, "3, or any number where there is a VAE"),
+                ("out_channels", config.get("out_channels") == channels, f"in_channels, {channels}"),
+                ("sample_size", isinstance(config.get("sample_size"), int), "a whole number")):
+            if not good:
+                raise BadInput(f"{where}: {key} = {config.get(key)!r} is not supported: {wanted}")
+        if pixel and ((folder / "vae").is_dir() or (folder / "vqvae").is_dir()):
+            raise BadInput(f"{where}: a UNet2DModel on latents is not supported: on pixels, without a VAE")
         if config.get("class_embed_type") == "timestep":
             raise BadInput(f"{where}: class_embed_type = 'timestep' is a student, not a teacher")
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         self.fingerprint = fingerprint(weight_files(self.unet_folder), self.schedule)
         self.vae = self.text_encoder = self.labels = self.kind = self.uncond = None
-        if config.get("_class_name") != "UNet2DModel":
+        if not pixel:
             self.kind = "text"
             if config.get("num_class_embeds"):
                 raise BadInput(f"{where}: num_class_embeds beside text is not supported: null")
@@ -531,6 +551,8 @@ class Teacher:
                 raise BadInput(str(error)) from None
             self.vae = load_module(VAE, folder / "vae", device, dtype)
             self.text_encoder = load_module(TextEncoder, folder / "text_encoder", device, dtype, "model")
+            if self.vae.config["latent_channels"] != channels:
+                raise BadInput(f"{where}: in_channels is not the VAE's latent_channels")
             if config.get("cross_attention_dim") != (width := self.text_encoder.config["hidden_size"]):
                 raise BadInput(f"{where}: cross_attention_dim is not the text encoder's width {width}")
             self.uncond = self.encode([""])
@@ -594,18 +616,17 @@ class Teacher:
 
 
 def fingerprint(paths, schedule):
-    """A short hash of schedule and some weights, to tell teachers apart; the same in half precision."""
+    """A short hash of schedule and the first weights of every tensor, to tell teachers apart; so a file in half
+    precision is the same teacher."""
     alphas = schedule.alpha(torch.arange(schedule.T + 1)).mul(1e6).round().tolist()
-    digest, tensors = hashlib.sha256(f"{schedule.prediction} {alphas}".encode()), {}
+    digest = hashlib.sha256(f"{schedule.prediction} {schedule.clip} {alphas}".encode())
+    some = {}
     for path in paths:
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys() if name in FINGERPRINT}
-    for name in FINGERPRINT:
-        digest.update(tensors[name].half().numpy().tobytes())
+        with open_tensors(path) as file:
+            some |= {modern(name): file.get_tensor(name).flatten()[:8].half() for name in file.keys()}
+    for name in sorted(some):
+        digest.update(name.encode() + some[name].numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-FINGERPRINT = ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight")
 
 
 def read_prompts(path):
@@ -660,6 +681,8 @@ class Student:
         self.negative_prompt, self.ranged = negative_prompt, isinstance(guidance, list)
         # what its guidance leads away from, (1, ...)
         self.uncond = teacher.encode([negative_prompt]) if negative_prompt else teacher.uncond
+        if negative_prompt and teacher.kind is None:
+            raise BadInput(f"teacher {teacher.spec} is unconditional: --negative-prompt has no meaning for it")
         if self.uncond is None and guidance != 1:
             raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
 
@@ -697,7 +720,7 @@ def new_student(teacher, input_time, guidance, negative_prompt=""):
     """
     ranged, files = isinstance(guidance, list), weight_files(teacher.unet_folder)
     embedding = "target" if teacher.kind == "label" else "class"           # labels have the usual place already
-    config = dict(read_json(teacher.unet_folder / "config.json"), time_cond_proj_dim=256 if ranged else None)
+    config = read_json(teacher.unet_folder / "config.json") | ({"time_cond_proj_dim": 256} if ranged else {})
     config[f"{embedding}_embed_type"] = "timestep"
     tensors, _ = read_tensors(files, teacher.device, torch.float32)
     for kind in ("weight", "bias"):
@@ -711,8 +734,8 @@ def new_student(teacher, input_time, guidance, negative_prompt=""):
 
 
 def save_student(folder, student, tensors=None, dtype=torch.float32):
-    """Write a student, or `tensors` in its place (their average, say): config.json and weights that diffusers
-    opens as they are, and student.json, what this code needs to call it."""
+    """Write a student, or `tensors` in its place (their average, say): config.json and weights, which diffusers
+    opens as they are unless there are labels, and student.json, what this code needs to call it."""
     folder = Path(folder)
     state = student.network.state_dict() if tensors is None else tensors
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}

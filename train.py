@@ -19,6 +19,7 @@ import random
 import shlex
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def parse_args():
     g.add_argument("--dry-run", action="store_true",
                    help="load and check everything, print the plan, train nothing")
     args = p.parse_args()
-    args.out = args.out or Path("runs") / Path(args.teacher).name
+    args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name, value in (SMALL if args.teacher in EMBEDDED else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -211,17 +212,16 @@ def check_config(path, config):
 
 def rewind_log(path, step):
     """Drop what a killed run logged beyond its last checkpoint; returns the seconds it has taken so far."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in lines if line["step"] <= step]
-    if len(kept) < len(lines):
+    written, kept = path.read_text().splitlines() if path.exists() else [], []
+    for text in written:
+        with contextlib.suppress(ValueError):               # a line torn in the middle
+            kept += [line for line in [json.loads(text)] if line["step"] <= step]
+    if len(kept) < len(written):
         write_file(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept)))
     return kept[-1]["seconds"] if kept else 0
 
 
 def main():
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):          # from here on: save at the next step, exit 0
-        signal.signal(number, lambda *_: stop.append(True))
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
@@ -242,6 +242,8 @@ def main():
     if args.guidance is None:
         args.guidance = 1.0 if teacher.uncond is None else 3.0 if args.teacher in EMBEDDED else 7.5
     delta = round(schedule.T / args.num_steps)
+    if rank > 0:
+        warnings.simplefilter("ignore")                     # of prompts cut short: one process says it
     prompts = prompt_source(teacher, args.prompts)
     config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
@@ -249,7 +251,7 @@ def main():
     check_config(args.out / "config.json", config)
 
     student = new_student(teacher, args.input_time, args.guidance, args.negative_prompt)
-    network = student.network.train().requires_grad_(True)
+    network = student.network.requires_grad_(True)
     network.checkpointing = args.grad_checkpointing
     params = list(network.parameters())
     average = [p.detach().clone() if args.ema else p.detach() for p in params]      # or the weights themselves
@@ -261,6 +263,17 @@ def main():
     start, seconds = 0, 0
     if rank == 0 and state_file.exists():
         start = load_state(state_file, network, average, optimizer)
+    if rank == 0:
+        millions = sum(p.numel() for p in params) / 1e6
+        resuming = f", resuming at step {start}" if start else ""
+        print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
+              f"{millions:.1f} M parameters, {len(prompts)} prompts, {args.steps} steps of {args.batch}"
+              f"{resuming}", flush=True)
+    if args.dry_run:
+        return
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):          # from here on: save at the next step, exit 0
+        signal.signal(number, lambda *_: stop.append(True))
     if world > 1:                                           # only the first process need see the checkpoint
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -272,14 +285,6 @@ def main():
         start = start.item()
         for p in params:
             optimizer.state[p]["step"].fill_(start)
-    if rank == 0:
-        millions = sum(p.numel() for p in params) / 1e6
-        resuming = f", resuming at step {start}" if start else ""
-        print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
-              f"{millions:.1f} M parameters, {len(prompts)} prompts, {args.steps} steps of {args.batch}"
-              f"{resuming}", flush=True)
-    if args.dry_run:
-        return
 
     def autocast():
         # no cache of cast weights: it would keep those of the passes without gradient for the pass with one
@@ -314,18 +319,6 @@ def main():
             1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
         return torch.cat([by_time.flatten(), boundary.detach().view(1)])
 
-    @contextlib.contextmanager
-    def averaged():
-        """The network with its averaged weights, for a while: they are the student, the others only train."""
-        trained = [p.data for p in params]
-        for p, a in zip(params, average):
-            p.data = a
-        try:
-            yield
-        finally:
-            for p, value in zip(params, trained):
-                p.data = value
-
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
         names = (name for name, _ in network.named_parameters())
@@ -346,13 +339,17 @@ def main():
             parts = zip(eps_shown.split(micro), cond_shown.split(micro))
             return [image for part in parts for image in to_pil(teacher.decode(sampler(*part)))]
 
-    if rank == 0 and args.sample_every:
+    if rank == 0 and args.sample_every and start < args.steps:
         teacher_row = row(lambda eps, cond: student.solve(eps, cond, schedule.grid(50), w_shown))
 
     def picture(step):
-        """samples/step_N.png: the teacher's 50 steps above the student's one."""
-        with averaged():
-            student_row = row(lambda eps, cond: student(eps, 0, cond, w_shown))
+        """samples/step_N.png: the teacher's 50 steps above the averaged student's one."""
+        trained = [p.data for p in params]
+        for p, a in zip(params, average):
+            p.data = a
+        student_row = row(lambda eps, cond: student(eps, 0, cond, w_shown))
+        for p, value in zip(params, trained):
+            p.data = value
         whole = sheet([teacher_row, student_row], 96)
         write_file(args.out / "samples" / f"step_{step}.png", lambda p: whole.save(p, "PNG"))
 

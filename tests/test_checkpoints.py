@@ -112,12 +112,14 @@ def test_class_conditional_teacher_takes_names_and_numbers(pixel):
     eps, cond = noise([0, 1], teacher.shape), teacher.encode(["cat", "dog"])
     f, f_empty = teacher.denoise(eps, 20, cond), teacher.denoise(eps, 20, teacher.uncond.expand_as(cond))
     assert not torch.equal(f[0], teacher.denoise(eps, 20, cond.flip(0))[0])
-    guided = teacher.denoise(eps, 20, cond, 1.5)
-    assert torch.allclose(guided, (f_empty + 1.5 * (f - f_empty)).clamp(-1, 1), atol=1e-5) or guided.abs().max() == 1
+    assert f.abs().max() <= 1
+    teacher.schedule.clip = None
+    f, f_empty = teacher.denoise(eps, 20, cond), teacher.denoise(eps, 20, teacher.uncond.expand_as(cond))
+    assert torch.allclose(teacher.denoise(eps, 20, cond, 1.5), f_empty + 1.5 * (f - f_empty), rtol=1e-4, atol=1e-4)
     student = new_student(teacher, 400, [1.0, 2.0])
     with torch.no_grad():
         x = teacher.schedule.sigma(400).float() * eps
-        assert torch.equal(student(eps, 0, cond, 1.5).clamp(-1, 1), teacher.denoise(x, 400, cond))
+        assert torch.equal(student(eps, 0, cond, 1.5), teacher.denoise(x, 400, cond))
 
 
 @pytest.mark.parametrize("classes", [None, 3])

@@ -143,7 +143,7 @@ def teacher_rows(evaluation, fresh):
     path = folder / "evaluation" / digest.hexdigest()[:16]
     rows_file, solution_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
     stored = rows_file.exists() and solution_file.exists() and not fresh
-    rows = read_json(rows_file) if stored else []
+    rows = read_json(rows_file, list) if stored else []
     if len(rows) < len(STEPS):
         print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
               f"and storing it in {path.parent}", flush=True)
@@ -180,7 +180,7 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
-                        "(default: STUDENT/evaluation.json; runs/shipped/ for the shipped one)")
+                        "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
@@ -203,8 +203,8 @@ def main():
     accuracy = evaluation.config["accuracy"]
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")
-    shipped = args.student.resolve() == TINY / "student"
-    out = args.json or (Path("runs/shipped") if shipped else args.student) / "evaluation.json"
+    ours = args.student.is_dir() and TINY.resolve() not in args.student.resolve().parents
+    out = args.json or (args.student if ours else Path("runs") / f"{teacher.spec}-shipped") / "evaluation.json"
     write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
                      "guidance": w, "judge": accuracy, "rows": rows})
     samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]
