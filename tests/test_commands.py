@@ -124,8 +124,8 @@ def test_other_options_are_refused_in_a_used_folder(call, trained):
 
 
 @pytest.mark.parametrize("options", [
-    ["--guidance", "1:6"], ["--solver", "heun"], ["--guidance", "1"], ["--boundary-weight", "0"],
-    ["--negative-prompt", "a bag in pink on blue"], ["--input-time", "1000"], ["--num-steps", "10"],
+    ["--guidance", "1:6"], ["--solver", "euler"], ["--guidance", "1"], ["--boundary-weight", "0"],
+    ["--negative-prompt", "a bag in pink on blue"], ["--input-time", "1000"], ["--num-steps", "25"],
     ["--weight", "1"],
     ["--precision", "bf16"], ["--seed", "1"], ["--lr", "1e-3"], ["--warmup", "7"], ["--decay", "0"],
     ["--ema", "0.1"], ["--prompts", "README.md"]])
