@@ -1,7 +1,7 @@
 """Loading and one forward pass against the reference library diffusers: time, memory, agreement.
 
-    python -m tools.bench --unet FOLDER                     a U-Net's folder: config.json and weights
-    python -m tools.bench --unet tiny/unet --repeat 20
+    python -m tools.bench                                   the embedded teacher's U-Net
+    python -m tools.bench --unet FOLDER --repeat 3          any U-Net's folder: config.json and weights
 
 Loading is timed in processes of its own, ours and theirs in turn; so is the forward pass, in one process. Medians.
 """
@@ -19,23 +19,22 @@ from pathlib import Path
 import torch
 
 from model import UNet
-from teacher import PRECISION, BadInput, command, load_module, pick_device, read_json
+from teacher import PRECISION, TINY, BadInput, command, load_module, pick_device, read_json
 
 
-def reference(folder, device, dtype):
+def reference(folder):
+    """The reference library's class for a folder."""
     try:
         import diffusers
     except ImportError:
         raise BadInput("the reference library is not installed: pip install diffusers") from None
-    cls = getattr(diffusers, read_json(folder / "config.json")["_class_name"])
-    return cls.from_pretrained(folder, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    return getattr(diffusers, read_json(folder / "config.json")["_class_name"])
 
 
-def ours(folder, device, dtype):
-    return load_module(UNet, folder, device, dtype)
-
-
-LOADERS = {"ours": ours, "diffusers": reference}
+LOADERS = {
+    "ours": lambda folder, device, dtype: load_module(UNet, folder, device, dtype),
+    "diffusers": lambda folder, device, dtype:
+        reference(folder).from_pretrained(folder, torch_dtype=dtype).to(device).requires_grad_(False)}
 
 
 def resident():
@@ -46,8 +45,7 @@ def resident():
 def measure_loading(which, folder, device, dtype):
     """In a process of its own: seconds to load, and until every weight was read; peak memory over the start."""
     if which == "diffusers":
-        import diffusers
-        getattr(diffusers, read_json(folder / "config.json")["_class_name"])
+        reference(folder)                                   # its imports are not counted
     before = resident()
     began = time.perf_counter()
     network = LOADERS[which](folder, device, dtype)
@@ -97,7 +95,7 @@ def measure_forward(folder, device, dtype, size, batch, repeat, compiled):
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--unet", type=Path, required=True, help="folder of config.json and weights")
+    p.add_argument("--unet", type=Path, default=TINY / "unet", help="folder of config.json and weights")
     p.add_argument("--precision", choices=list(PRECISION), default="fp32")
     p.add_argument("--size", type=int, help="height and width of the sample (default: the config's)")
     p.add_argument("--batch", type=int, default=1)
@@ -116,7 +114,7 @@ def main():
                      "--device", str(device), "--loading", name]
             done = subprocess.run(list(map(str, child)), capture_output=True, text=True)
             if done.returncode:
-                raise BadInput(f"loading with {name} failed: {done.stderr.strip().splitlines()[-1]}")
+                raise BadInput(f"loading with {name} failed: {done.stderr.strip()[-500:] or done.returncode}")
             rows[name].append(json.loads(done.stdout.splitlines()[-1]))
     size = rows["ours"][0]["size"] / 1e9
     print(f"{args.unet}, {size:.2f} GB in {args.precision} on {device}, medians of {args.repeat}")
