@@ -1,6 +1,7 @@
 """The networks against the reference libraries: embedded checkpoints, small random configs of every kind."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="the reference library diffu
 transformers = pytest.importorskip(
     "transformers", reason="the reference library transformers is not installed")
 
+SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
 SMALL = {"in_channels": 4, "out_channels": 4, "block_out_channels": [32, 64], "layers_per_block": 1,
          "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4, "sample_size": 8,
          "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -84,6 +86,31 @@ def test_pixel_unet_equals_diffusers(change, size):
     with torch.no_grad():
         expected = theirs(x, t, class_labels=target if label is None else label).sample
         assert_close(ours(x, t, target=target, label=label), expected)
+
+
+@pytest.mark.parametrize("name", ["sd21-base", "sd21-768-v", "sd15", "ddpm-cifar10-32", "ddpm-256",
+                                  "ddpm-butterflies-128"])
+def test_published_configs_an_eighth_as_wide_equal_diffusers(name):
+    path = SHARED / name / "unet" / "config.json"
+    if not path.exists():
+        pytest.skip(f"the configs are not here: {path}")
+    config = json.loads(path.read_text())
+    config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8}
+    text = torch.randn(2, 77, 32) if "cross_attention_dim" in config else None
+    if text is not None:
+        config["cross_attention_dim"] = 32
+    theirs = shaken(getattr(diffusers, config["_class_name"]).from_config(config))
+    ours = UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, t = torch.randn(2, config["in_channels"], 32, 32), torch.tensor([10, 999])
+    with torch.no_grad():
+        assert_close(ours(x, t, text), theirs(x, t, *([] if text is None else [text])).sample)
+
+
+def test_bench_compares_the_two(call):
+    code, out, error = call("tools.bench", "--repeat", 1)
+    assert code == 0 and "ours       load" in out and "diffusers  load" in out, error
+    assert float(out.split("difference ")[1].split()[0]) < 1e-5
 
 
 def test_text_unet_with_scale_shift_equals_diffusers():
