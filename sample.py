@@ -25,7 +25,7 @@ def parse_args():
     p.add_argument("--label", action="append", default=[],
                    help="class of a class-conditional teacher, its name or number; may be given several times")
     p.add_argument("--prompts", type=Path, help="text file, one prompt or label a line")
-    p.add_argument("--num", type=int, default=1, help="images of each prompt")
+    p.add_argument("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0,
                    help="of the first image; image N has seed + N, in any batch")
     p.add_argument("--guidance", type=float,
@@ -55,12 +55,14 @@ def main():
         prompts = [""]                                      # it is told nothing
     elif not prompts:
         raise BadInput(f"nothing to paint: give {option} TEXT, or --prompts FILE with one a line")
-    for name, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
+    for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                    ("--seed", args.seed, 0, 2**62),
                                    *(("--compare", k, 1, schedule.T) for k in args.compare)):
         if not low <= value <= high:
-            raise BadInput(f"{name} {value} is not supported: {low} to {high}")
+            raise BadInput(f"{option} {value} is not supported: {low} to {high}")
 
+    folder = args.student.resolve()                         # no more of the path than tells students apart
+    name = folder.parent.name if folder.name == "student" else folder.name
     jobs = [(prompt, args.seed + n * len(prompts) + k)
             for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []
@@ -73,7 +75,7 @@ def main():
             columns = [to_pil(teacher.decode(z)) for z in latents]
         for text, seed, *images in zip(texts, seeds, *columns):
             info = PngInfo()
-            for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", args.student),
+            for key, value in (("prompt", text), ("seed", seed), ("guidance", w), ("student", name),
                                ("compare", args.compare or "")):
                 info.add_itxt(key, str(value))
             picture, path = sheet([images]), args.out / f"{seed:06d}.png"

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).resolve().parent / "tiny"
 EMBEDDED = {"tiny": TINY, }
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
@@ -430,7 +430,7 @@ def explain(error):
     if getattr(error, "errno", None) == 28:
         return "does not fit on this disk: make room, or set HF_HOME to a folder on another"
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return f"can't be had ({reason}): the same command goes on where it broke off; a local folder works as well"
+    return f"can't be had ({reason}): check the network and give the same command again, or a local folder"
 
 
 def fetch(repo, revision=None, sha256=None):
@@ -490,12 +490,20 @@ def resolve(spec):
         raise BadInput("; ".join(failures))
     if Path(spec).is_dir():
         return Path(spec), str(Path(spec).resolve())
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        try:
-            return fetch(name, revision or None), spec
-        except BadInput as error:
-            raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
+    if folder := fetch_id(spec):
+        return folder, spec
     raise BadInput(f"{spec!r} is neither a name ({', '.join([*EMBEDDED, *HUB])}), nor a folder, nor a hub id")
+
+
+def fetch_id(spec):
+    """The folder of OWNER/NAME or OWNER/NAME@REVISION, fetched from the hub; None where spec is no such thing."""
+    name, _, revision = str(spec).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return None
+    try:
+        return fetch(name, revision or None)
+    except BadInput as error:
+        raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------- teacher
@@ -520,6 +528,10 @@ class Teacher:
         self.folder, self.spec, self.device = folder, spec, torch.device(device)
         within = lambda part: folder / part if (folder / part).is_dir() else folder      # or all at the root
         scheduler = within("scheduler") / "scheduler_config.json"
+        if not scheduler.exists():
+            student = (folder / "student.json").exists()
+            found = "a student, not a teacher" if student else "no model in the diffusers layout"
+            raise BadInput(f"{folder} holds {found}: there is no {scheduler.relative_to(folder)}")
         try:
             self.schedule = Schedule(read_json(scheduler))
         except ValueError as error:
@@ -753,7 +765,7 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or
     one of another teacher.
     """
-    folder = Path(folder) if Path(folder).is_dir() else resolve(folder)[0]
+    folder = Path(folder) if Path(folder).is_dir() else fetch_id(folder) or Path(folder)
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
     if not (folder / "student.json").exists():
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")

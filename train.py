@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from signal_ode import bootstrap_loss, boundary_loss, contraction
-from teacher import (EMBEDDED, HUB, PRECISION, BadInput, command, load_teacher, new_student, noise, pick_device, read_json,
-                     read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
+from teacher import (EMBEDDED, HUB, PRECISION, BadInput, command, load_teacher, new_student, noise, pick_device,
+                     read_json, read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
 
 # What suits a miniature and what suits a published teacher, where no option says otherwise
 SMALL = {"steps": 1200, "batch": 32, "lr": 5e-4, "warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 100}
@@ -67,7 +67,7 @@ def parse_args():
     g.add_argument("--warmup", type=int, help=f"steps of linear warm-up {either('warmup')}")
     g.add_argument("--decay", type=float, default=0.6,
                    help="last part of the run over which the rate falls linearly to zero; "
-                        "0 keeps it constant")
+                        "0 keeps it constant (default: %(default)s)")
     g.add_argument("--ema", type=float,
                    help=f"decay of the averaged weights, which are the student {either('ema')}; 0 keeps no average "
                         "and saves its memory")
@@ -77,15 +77,19 @@ def parse_args():
                         "(default: 3 for an embedded teacher, 7.5 for another, 1 for one without an empty condition)")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
     g.add_argument("--input-time", type=int, default=600,
-                   help="time at which the student's input is read, 1..T; the paper has T")
-    g.add_argument("--num-steps", type=int, default=10, help="K: a bootstrap step spans delta = T / K")
+                   help="time at which the student's input is read, 1..T; the paper has T "
+                        "(default: %(default)s)")
+    g.add_argument("--num-steps", type=int, default=10,
+                   help="K: a bootstrap step spans delta = T / K (default: %(default)s)")
     g.add_argument("--solver", choices=["euler", "heun"], default="heun",
-                   help="heun: a better target from a second teacher call; with euler, double K")
+                   help="heun: a better target from a second teacher call; with euler, double K "
+                        "(default: %(default)s)")
     g.add_argument("--weight", type=float, default=0.0,
                    help="power p of a sample's weight (1 - r)^p: 0 measures errors in units of the clean "
-                        "image, as the paper does; 2 in units of the signal, which favours the clean end")
+                        "image, as the paper does; 2 in units of the signal, which favours the clean end "
+                        "(default: %(default)s)")
     g.add_argument("--boundary-weight", type=float, default=0.1,
-                   help="beta; without it (0) nothing holds the noise end")
+                   help="beta; without it (0) nothing holds the noise end (default: %(default)s)")
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--precision", choices=list(PRECISION),
@@ -100,7 +104,8 @@ def parse_args():
                    help="load and check everything, print the plan, train nothing")
     args = p.parse_args()
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
-    for name, value in (SMALL if args.teacher in EMBEDDED else LARGE).items():
+    args.embedded = args.teacher in EMBEDDED or Path(args.teacher).resolve() in EMBEDDED.values()
+    for name, value in (SMALL if args.embedded else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.guidance is not None:
@@ -112,7 +117,7 @@ def parse_args():
             p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
         args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
     for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf),
-                            ("lr", 0, math.inf), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 1),
+                            ("lr", 0, 1), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 0.999999),
                             ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf),
                             ("sample_every", 0, math.inf)):
         value = getattr(args, name)
@@ -240,12 +245,12 @@ def main():
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
     if args.guidance is None:
-        args.guidance = 1.0 if teacher.uncond is None else 3.0 if args.teacher in EMBEDDED else 7.5
+        args.guidance = 1.0 if teacher.uncond is None else 3.0 if args.embedded else 7.5
     delta = round(schedule.T / args.num_steps)
     if rank > 0:
         warnings.simplefilter("ignore")                     # of prompts cut short: one process says it
     prompts = prompt_source(teacher, args.prompts)
-    config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
+    config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out", "embedded")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
     check_config(args.out / "config.json", config)
@@ -265,7 +270,8 @@ def main():
         start = load_state(state_file, network, average, optimizer)
     if rank == 0:
         millions = sum(p.numel() for p in params) / 1e6
-        resuming = f", resuming at step {start}" if start else ""
+        resuming = f", resuming at step {start}" if start < args.steps else f", already at step {start}"
+        resuming = resuming if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
               f"{millions:.1f} M parameters, {len(prompts)} prompts, {args.steps} steps of {args.batch}"
               f"{resuming}", flush=True)
@@ -406,7 +412,7 @@ def main():
         print(f"the student is in {args.out / 'student'}\n"
               f"  python sample.py --student {out}"
               + (f" --{'prompt' if teacher.kind == 'text' else 'label'} {shlex.quote(prompts[0])}" * bool(teacher.kind))
-              + (f"\n  python -m tools.evaluate --student {out}" if args.teacher in EMBEDDED else ""))
+              + (f"\n  python -m tools.evaluate --student {out}" if args.embedded else ""))
 
 
 if __name__ == "__main__":

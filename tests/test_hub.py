@@ -139,7 +139,7 @@ def test_broken_transfer_goes_on_where_it_broke_off(hub, tiny, monkeypatch):
     ("somebody/tiny@v2", {}, "has no such revision"),
     ("somebody/tiny", {"/api/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
     ("somebody/tiny", {"/resolve/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
-    ("somebody/tiny", {f"unet/{WEIGHTS}": 500}, "can't be had .*500.*goes on where it broke off")])
+    ("somebody/tiny", {f"unet/{WEIGHTS}": 500}, "can't be had .*500.*give the same command again")])
 def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
     hub.fail.update(fail)
     with pytest.raises(BadInput, match=message) as caught:

@@ -3,7 +3,8 @@
     python -m tools.bench                                   the embedded teacher's U-Net
     python -m tools.bench --unet FOLDER --repeat 3          any U-Net's folder: config.json and weights
 
-Loading is timed in processes of its own, ours and theirs in turn; so is the forward pass, in one process. Medians.
+Needs `pip install diffusers`. Loading is timed in processes of its own, the forward pass in one; ours and theirs in
+turn, medians.
 """
 
 import argparse
@@ -107,6 +108,7 @@ def main():
     device, dtype = pick_device(args.device), PRECISION[args.precision]
     if args.loading:
         return measure_loading(args.loading, args.unet, device, dtype)
+    reference(args.unet)                                    # not there: said before anything is measured
     rows = {name: [] for name in LOADERS}
     for _ in range(args.repeat):
         for name in LOADERS:

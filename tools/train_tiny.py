@@ -1,4 +1,4 @@
-"""Make all of tiny/: train the embedded teachers, a miniature Stable Diffusion and a pixel model, on tinted Fashion-MNIST.
+"""Make all of tiny/: train a miniature Stable Diffusion and a pixel model on tinted Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
     python -m tools.train_tiny                                          the teachers; the same command resumes
@@ -53,15 +53,17 @@ UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attenti
                "out_channels": 4, "layers_per_block": 1, "norm_eps": 1e-5, "norm_num_groups": 16,
                "sample_size": 8, "use_linear_projection": True}
 PIXEL_CONFIG = {"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": 16,
-                "block_out_channels": [16, 48, 64], "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+                "block_out_channels": [16, 48, 64],
+                "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
                 "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"], "in_channels": 3, "out_channels": 3,
                 "layers_per_block": 1, "norm_eps": 1e-5, "norm_num_groups": 8, "sample_size": 32,
                 "num_class_embeds": len(GARMENTS) + 1}
 PIXEL_SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
                    "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": True,
                    "variance_type": "fixed_small", "trained_betas": None}
-PIXEL_INDEX = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.30.0", "scheduler": ["diffusers", "DDPMScheduler"],
-               "unet": ["diffusers", "UNet2DModel"], "id2label": dict(enumerate([*GARMENTS, ""]))}
+PIXEL_INDEX = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.30.0",
+               "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"],
+               "id2label": dict(enumerate([*GARMENTS, ""]))}
 MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
                "feature_extractor": [None, None], "image_encoder": [None, None],
                "requires_safety_checker": False, "safety_checker": [None, None],
