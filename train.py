@@ -117,11 +117,11 @@ def parse_args():
             p.error(f"--guidance {args.guidance} is neither a number nor LO:HI")
         args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
     for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf),
-                            ("lr", 0, 1), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 0.999999),
+                            ("lr", 0, math.inf), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 0.999999),
                             ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf),
                             ("sample_every", 0, math.inf)):
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
             p.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
     return args
 
