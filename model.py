@@ -329,7 +329,7 @@ class UNet(nn.Module):
                 return checkpoint(module, *inputs, use_reentrant=False)
             return module(*inputs)
 
-        x = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last))
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = [x]
         for block in self.down_blocks:
             for j, resnet in enumerate(block.resnets):
@@ -398,7 +398,7 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """Mean and log-variance of the unscaled latents, each (B, 4, h, w)."""
-        x = self.encoder.conv_in(images.to(memory_format=torch.channels_last))
+        x = self.encoder.conv_in(images)
         for block in self.encoder.down_blocks:
             for resnet in block.resnets:
                 x = resnet(x)
@@ -415,8 +415,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Images, about [-1, 1], of scaled latents."""
-        latents = latents.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
-        x = self.post_quant_conv(latents / self.scale)
+        x = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale)
         x = middle(self.decoder.mid_block, self.decoder.conv_in(x))
         for block in self.decoder.up_blocks:
             for resnet in block.resnets:

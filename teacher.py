@@ -126,8 +126,7 @@ def open_tensors(path):
 def read_tensors(paths, device="cpu", dtype=None):
     """({name: tensor}, metadata) of safetensors files, tensor by tensor to device and dtype (but see FLOAT32).
 
-    On the CPU, in the file's own dtype, a tensor is a view of the memory-mapped file and costs nothing yet;
-    else it is copied, images' kernels channels-last.
+    On the CPU, in the file's own dtype, a tensor is a view of the memory-mapped file and costs nothing yet.
     """
     tensors, metadata = {}, {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -143,10 +142,7 @@ def read_tensors(paths, device="cpu", dtype=None):
                     size += tensor.nbytes
                     half = dtype in (torch.float16, torch.bfloat16)
                     kept = torch.float32 if half and name.startswith(FLOAT32) else dtype
-                    moved = tensor.to(device, kept)
-                    if moved is not tensor and moved.ndim == 4:
-                        moved = moved.to(memory_format=torch.channels_last)
-                    tensors[name] = moved
+                    tensors[name] = tensor.to(device, kept)
     return tensors, metadata
 
 
@@ -186,7 +182,9 @@ def build(network, config, tensors, where):
         listed = "; ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise BadInput(f"{where} does not hold the weights its config describes: {listed}")
     module.load_state_dict(tensors, assign=True)
-    return module.eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    on_gpu = next(module.parameters()).device.type == "cuda"        # a CPU's convolutions reorder them in any case
+    return module.to(memory_format=torch.channels_last) if on_gpu else module
 
 
 def choose_weights(names, stem):

@@ -81,9 +81,7 @@ def test_sharded_and_half_precision_files_load(tiny, tmp_path, filed):
 
 def test_weights_in_the_files_own_precision_are_not_copied(tmp_path):
     save_file({"a": torch.randn(64, 64, 3, 3)}, tmp_path / "a.safetensors")
-    (tensor, again), rounded = ([read_tensors(tmp_path / "a.safetensors", dtype=d)[0]["a"] for _ in range(2)]
-                                for d in (torch.float32, torch.bfloat16))
-    assert tensor.is_contiguous() and rounded[0].is_contiguous(memory_format=torch.channels_last)
+    tensor, again = (read_tensors(tmp_path / "a.safetensors", dtype=torch.float32)[0]["a"] for _ in range(2))
     tensor += 1                                             # a view, but private: the file keeps its values
     assert torch.equal(read_tensors(tmp_path / "a.safetensors")[0]["a"], again)
 
