@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from teacher import (PRECISION, TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet, to_pil,
-                     write_file)
+from teacher import (PRECISION, TINY, BadInput, command, load_student, noise, pick_device, read_prompts, sheet,
+                     to_pil, write_file)
 
 
 def parse_args():
@@ -47,20 +47,18 @@ def main():
     prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
     student = load_student(args.student, args.teacher, pick_device(args.device), PRECISION[args.precision])
     teacher, schedule, w = student.teacher, student.teacher.schedule, student.pick_guidance(args.guidance)
-    option = {"text": "--prompt", "label": "--label", None: "neither"}[teacher.kind]
-    for other, given in (("--prompt", args.prompt), ("--label", args.label)):
-        if given and other != option:
-            raise BadInput(f"{other} means nothing to teacher {teacher.spec}: it takes {option}")
-    if teacher.kind is None:
-        prompts = [""]                                      # it is told nothing
-    elif not prompts:
-        raise BadInput(f"nothing to paint: give {option} TEXT, or --prompts FILE with one a line")
+    takes = {"text": "--prompt", "label": "--label", None: "neither --prompt nor --label"}[teacher.kind]
+    if {"text": args.label, "label": args.prompt, None: prompts}[teacher.kind]:
+        raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
+    if teacher.kind and not prompts:
+        raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
-                                   ("--seed", args.seed, 0, 2**62),
-                                   *(("--compare", k, 1, schedule.T) for k in args.compare)):
+                                     ("--seed", args.seed, 0, 2**62),
+                                     *(("--compare", k, 1, schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
 
+    prompts = prompts or [""]                               # an unconditional teacher is told nothing
     folder = args.student.resolve()                         # no more of the path than tells students apart
     name = folder.parent.name if folder.name == "student" else folder.name
     jobs = [(prompt, args.seed + n * len(prompts) + k)
@@ -80,7 +78,8 @@ def main():
                 info.add_itxt(key, str(value))
             picture, path = sheet([images]), args.out / f"{seed:06d}.png"
             write_file(path, lambda p: picture.save(p, "PNG", pnginfo=info))
-            pictures += [picture] if args.grid else []
+            if args.grid:
+                pictures.append(picture)
             print(f"{path}  {text}")
     if args.grid:
         columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))

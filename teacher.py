@@ -467,6 +467,11 @@ def fetch(repo, revision=None, sha256=None):
     return folder
 
 
+def is_embedded(spec):
+    """Whether spec, a name or a folder, is a teacher that comes with this code."""
+    return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
+
+
 def resolve(spec):
     """(folder, spec) of a name, hub id or folder, each of the first two with @REVISION if wished.
 

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from signal_ode import bootstrap_loss, boundary_loss, contraction
-from teacher import (EMBEDDED, HUB, PRECISION, BadInput, command, load_teacher, new_student, noise, pick_device,
-                     read_json, read_prompts, read_tensors, save_student, sheet, to_pil, write_file, write_json)
+from teacher import (EMBEDDED, HUB, PRECISION, BadInput, command, is_embedded, load_teacher, new_student, noise,
+                     pick_device, read_json, read_prompts, read_tensors, save_student, sheet, to_pil,
+                     write_file, write_json)
 
 # What suits a miniature and what suits a published teacher, where no option says otherwise
 SMALL = {"steps": 1200, "batch": 32, "lr": 5e-4, "warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 100}
@@ -95,7 +96,7 @@ def parse_args():
     g.add_argument("--precision", choices=list(PRECISION),
                    help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
     g.add_argument("--grad-checkpointing", action="store_true",
-                   help="compute layers twice instead of keeping what they made: half the memory, a third slower")
+                   help="compute layers twice instead of keeping what they made: memory for time")
     g.add_argument("--save-every", type=int, help=f"steps between checkpoints {either('save_every')}")
     g.add_argument("--sample-every", type=int,
                    help=f"steps between pictures {either('sample_every')}; 0 makes none, and spares the teacher's "
@@ -104,8 +105,7 @@ def parse_args():
                    help="load and check everything, print the plan, train nothing")
     args = p.parse_args()
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
-    args.embedded = args.teacher in EMBEDDED or Path(args.teacher).resolve() in EMBEDDED.values()
-    for name, value in (SMALL if args.embedded else LARGE).items():
+    for name, value in (SMALL if is_embedded(args.teacher) else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.guidance is not None:
@@ -138,9 +138,11 @@ def compose_prompts(num=100_000, seed=0):
 def prompt_source(teacher, path=None):
     """The prompts or labels to train on: those of a file, the teacher's own, or composed ones."""
     own = teacher.folder / "prompts.txt"
+    if path and teacher.kind is None:
+        raise BadInput(f"teacher {teacher.spec} is unconditional: --prompts has no meaning for it")
     if path or own.exists():
         prompts = read_prompts(path or own)
-        if teacher.kind != "text":
+        if teacher.kind == "label":
             teacher.encode(prompts)                         # an unknown label is found now, not in an hour
         return prompts
     if teacher.kind == "label":
@@ -175,28 +177,25 @@ def learning_rate(step, args):
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_state(path, network, average, optimizer, step):
-    """All that resume needs, in one file: weights, average, Adam's moments. No generator: see draw()."""
-    tensors = {}
-    for (name, p), a in zip(network.named_parameters(), average):
-        tensors |= {f"weight.{name}": p.detach()} | ({f"average.{name}": a} if a.data_ptr() != p.data_ptr() else {})
-        tensors |= {f"{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
-    tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
+def training_state(weights, average, optimizer):
+    """All that resume needs, by name: weights, average, Adam's moments. No generator: see draw()."""
+    state = {f"weight.{name}": p.detach() for name, p in weights.items()}
+    state |= {f"average.{name}": a for name, a in average.items()}
+    return state | {f"{m}.{name}": optimizer.state[p][m] for name, p in weights.items() for m in MOMENTS}
+
+
+def save_state(path, state, step):
+    """One file of what training_state returns."""
+    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     write_file(path, lambda p: save_file(tensors, p, {"step": str(step)}))
 
 
-@torch.no_grad()
-def load_state(path, network, average, optimizer):
+def load_state(path, state):
     """Restore save_state's file in place, tensor by tensor, and return its step."""
     tensors, metadata = read_tensors(path)
     try:
-        for (name, p), a in zip(network.named_parameters(), average):
-            p.copy_(tensors.pop(f"weight.{name}"))
-            if a.data_ptr() != p.data_ptr():
-                a.copy_(tensors.pop(f"average.{name}"))
-            for m in MOMENTS:
-                optimizer.state[p][m].copy_(tensors.pop(f"{m}.{name}"))
-            optimizer.state[p]["step"].fill_(int(metadata["step"]))
+        for name, tensor in state.items():
+            tensor.copy_(tensors.pop(name))
         return int(metadata["step"])
     except (KeyError, RuntimeError) as error:
         raise BadInput(f"{path} is not this run's checkpoint ({error}); move it away to start anew") from None
@@ -245,12 +244,12 @@ def main():
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
     if args.guidance is None:
-        args.guidance = 1.0 if teacher.uncond is None else 3.0 if args.embedded else 7.5
+        args.guidance = 1.0 if teacher.uncond is None else 3.0 if is_embedded(args.teacher) else 7.5
     delta = round(schedule.T / args.num_steps)
     if rank > 0:
         warnings.simplefilter("ignore")                     # of prompts cut short: one process says it
     prompts = prompt_source(teacher, args.prompts)
-    config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out", "embedded")}
+    config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
     check_config(args.out / "config.json", config)
@@ -258,16 +257,18 @@ def main():
     student = new_student(teacher, args.input_time, args.guidance, args.negative_prompt)
     network = student.network.requires_grad_(True)
     network.checkpointing = args.grad_checkpointing
-    params = list(network.parameters())
-    average = [p.detach().clone() if args.ema else p.detach() for p in params]      # or the weights themselves
+    weights = dict(network.named_parameters())
+    params = list(weights.values())
+    average = {name: p.detach().clone() for name, p in weights.items()} if args.ema else {}
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0)} | {m: torch.zeros_like(p) for m in MOMENTS}
+    state = training_state(weights, average, optimizer)
 
     state_file, log_file = args.out / "state" / "state.safetensors", args.out / "log.jsonl"
     start, seconds = 0, 0
     if rank == 0 and state_file.exists():
-        start = load_state(state_file, network, average, optimizer)
+        start = load_state(state_file, state)
     if rank == 0:
         millions = sum(p.numel() for p in params) / 1e6
         resuming = f", resuming at step {start}" if start < args.steps else f", already at step {start}"
@@ -285,12 +286,11 @@ def main():
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         start = torch.tensor(start, device=device)
-        moments = [optimizer.state[p][m] for p in params for m in MOMENTS]
-        for tensor in [start, *(p.data for p in params), *average, *moments]:
+        for tensor in [start, *state.values()]:
             dist.broadcast(tensor, 0)
         start = start.item()
-        for p in params:
-            optimizer.state[p]["step"].fill_(start)
+    for p in params:
+        optimizer.state[p]["step"].fill_(start)
 
     def autocast():
         # no cache of cast weights: it would keep those of the passes without gradient for the pass with one
@@ -327,9 +327,8 @@ def main():
 
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
-        names = (name for name, _ in network.named_parameters())
-        save_student(args.out / "student", student, dict(zip(names, average)))
-        save_state(state_file, network, average, optimizer, step)
+        save_student(args.out / "student", student, average or weights)
+        save_state(state_file, state, step)
 
     if rank == 0:
         write_json(args.out / "config.json", config)
@@ -350,12 +349,12 @@ def main():
 
     def picture(step):
         """samples/step_N.png: the teacher's 50 steps above the averaged student's one."""
-        trained = [p.data for p in params]
-        for p, a in zip(params, average):
-            p.data = a
+        trained = {name: weights[name].data for name in average}
+        for name, a in average.items():
+            weights[name].data = a
         student_row = row(lambda eps, cond: student(eps, 0, cond, w_shown))
-        for p, value in zip(params, trained):
-            p.data = value
+        for name, p in trained.items():
+            weights[name].data = p
         whole = sheet([teacher_row, student_row], 96)
         write_file(args.out / "samples" / f"step_{step}.png", lambda p: whole.save(p, "PNG"))
 
@@ -386,8 +385,8 @@ def main():
         optimizer.step()
         with torch.no_grad():
             decay = min(args.ema, (step + 1) / (step + 10))
-            for a, p in zip(average, params if args.ema else ()):
-                a.lerp_(p, 1 - decay)
+            for name, a in average.items():
+                a.lerp_(weights[name], 1 - decay)
 
         done = step + 1
         if rank == 0 and (done % 10 == 0 or done == args.steps):
@@ -412,7 +411,7 @@ def main():
         print(f"the student is in {args.out / 'student'}\n"
               f"  python sample.py --student {out}"
               + (f" --{'prompt' if teacher.kind == 'text' else 'label'} {shlex.quote(prompts[0])}" * bool(teacher.kind))
-              + (f"\n  python -m tools.evaluate --student {out}" if args.embedded else ""))
+              + (f"\n  python -m tools.evaluate --student {out}" if is_embedded(args.teacher) else ""))
 
 
 if __name__ == "__main__":

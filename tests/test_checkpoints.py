@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model import VAE, TextEncoder, UNet
 from teacher import (TINY, WEIGHTS, BadInput, load_student, load_teacher, modern, new_student, noise, read_tensors,
-                     weight_files)
+                     save_student, weight_files)
 from tools.synthesise import synthesise
 
 SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -132,15 +132,19 @@ def test_pixel_teacher_from_training_to_picture(pixel, call, tmp_path, classes):
     code, said, error = call("sample", *named, "--out", tmp_path / "png", "--num", 2)
     assert code == 0 and Image.open(tmp_path / "png" / "000001.png").size == (16, 16), error
     assert load_student(out).teacher.kind == ("label" if classes else None)
-    code, _, error = call("train", "--teacher", folder, "--out", out, *options[:1], 3, *options[2:])
-    assert code == 0 and "step 2" in _, error               # resumed, without an average to restore
+    code, said, error = call("train", "--teacher", folder, "--out", out, *options[:1], 3, *options[2:])
+    assert code == 0 and "resuming at step 2" in said, error                # without an average to restore
+    if classes is None:
+        for name, given in (("train", ["--teacher", folder, "--prompts", "README.md"]),
+                            ("sample", ["--student", out, "--prompts", "README.md"])):
+            code, _, error = call(name, *given, "--out", tmp_path / "told")
+            assert code == 2 and ("is unconditional" in error or "neither --prompt nor --label" in error)
 
 
 @pytest.mark.parametrize("given, message", [
-    (["--prompt", "x"], "--prompt means nothing to teacher"), (["--label", "9"], "has no class '9': 0, 1, 2"),
+    (["--prompt", "x"], "takes --label"), (["--label", "9"], "has no class '9': 0, 1, 2"),
     ([], "nothing to paint: give --label")])
 def test_sample_refuses_the_wrong_kind_of_condition(pixel, call, tmp_path, given, message):
-    from teacher import save_student
     save_student(tmp_path / "student", new_student(load_teacher(pixel(num_class_embeds=3)), 400, 1.0))
     code, _, error = call("sample", "--student", tmp_path, "--out", tmp_path / "png", *given)
     assert code == 2 and message in error

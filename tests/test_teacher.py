@@ -150,7 +150,7 @@ def test_rounded_networks_stay_within_their_bound(tiny, dtype, bound):
     """RMS error against float64, over the RMS: of f, times 15 at T by 1 / alpha_T, and of the bootstrap target."""
     exact, rough = load_teacher("tiny", dtype=torch.float64), load_teacher("tiny", dtype=dtype)
     assert rough.unet.conv_in.weight.dtype == dtype
-    assert rough.unet.conv_out.weight.dtype == (torch.float32 if dtype.itemsize == 2 else dtype)
+    assert torch.equal(rough.unet.conv_out.weight, tiny.unet.conv_out.weight)           # in float32 as ever
     eps, prompts = noise(range(8), tiny.shape), PROMPTS * 4
     error = lambda a, b: ((a - b).square().mean() / b.square().mean()).sqrt().item()
     for t in (1000, 500, 40):
