@@ -47,6 +47,14 @@ def upsample(x, size):
     return F.interpolate(x, size=size, mode="nearest")
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose random start on the meta device would import a second's worth of modules for nothing."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Conv(nn.Module):
     """A down- or up-sampler's convolution, under the name it has in the checkpoint: `downsamplers.0.conv`.
 
@@ -264,7 +272,7 @@ class UNet(nn.Module):
         if config.get("class_embed_type"):
             self.class_embedding = TimeEmbedding(channels[0], c_emb)
         elif config.get("num_class_embeds"):
-            self.class_embedding = nn.Embedding(config["num_class_embeds"], c_emb)
+            self.class_embedding = Embedding(config["num_class_embeds"], c_emb)
         if config.get("target_embed_type"):
             self.target_embedding = TimeEmbedding(channels[0], c_emb)
 
@@ -461,8 +469,8 @@ class TextEncoder(nn.Module):
         width = config["hidden_size"]
         model = self.text_model = nn.Module()
         model.embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(config["vocab_size"], width),
-            "position_embedding": nn.Embedding(config["max_position_embeddings"], width)})
+            "token_embedding": Embedding(config["vocab_size"], width),
+            "position_embedding": Embedding(config["max_position_embeddings"], width)})
         layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
         model.encoder = nn.ModuleDict({"layers": layers})
         model.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))

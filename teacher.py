@@ -33,7 +33,7 @@ from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, clean_prediction, guide, solve, student_signal
 
 TINY = Path(__file__).resolve().parent / "tiny"
-EMBEDDED = {"tiny": TINY, }
+EMBEDDED = {"tiny": TINY, "tiny-pixel": TINY / "pixel"}
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"

@@ -30,11 +30,9 @@ def pixel(tmp_path):
     def make(**change):
         source = tmp_path / "configs"
         source.mkdir()
-        config = {**PIXEL, **change}
-        (source / "config.json").write_text(json.dumps(config))
+        (source / "config.json").write_text(json.dumps({**PIXEL, **change}))
         (source / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-        shapes = {name: ["F32", list(p.shape)] for name, p in UNet(config).state_dict().items()}
-        synthesise(source, tmp_path / "pixel", {WEIGHTS: {"tensors": shapes}})
+        synthesise(source, tmp_path / "pixel")
         return tmp_path / "pixel"
     return make
 

@@ -1,9 +1,9 @@
 """A checkpoint of random weights with a published checkpoint's exact configs, tensor names, dtypes and shapes.
 
-    python -m tools.synthesise MANIFEST_FOLDER OUT
+    python -m tools.synthesise FOLDER OUT
 
-MANIFEST_FOLDER holds the configs in the diffusers layout and manifest.json:
-{file: {"tensors": {name: [dtype, shape]}}}.
+FOLDER holds the configs in the diffusers layout and manifest.json: {file: {"tensors": {name: [dtype, shape]}}}. A pixel
+model needs none: its config says it all.
 For measuring at full size what has no download: loading, memory, speed, agreement with the reference library.
 """
 
@@ -14,8 +14,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from teacher import BadInput, command, read_json, write_file
+from model import UNet
+from teacher import OLD_NAMES, WEIGHTS, BadInput, command, read_json, write_file
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 
@@ -46,13 +48,29 @@ def write_tensors(file, tensors, seed=0):
         file.write(tensor(name, dtype, shape, rng).tobytes())
 
 
-def synthesise(source, out, manifest=None, seed=0):
-    """The checkpoint folder `out` from the configs in `source` and its manifest.json, or the one given."""
+def read_manifest(source):
+    """The manifest.json of a folder, or that of its UNet2DModel, with attention's names of its time."""
+    if (source / "manifest.json").exists():
+        return read_json(source / "manifest.json")
+    part = "unet/" if (source / "unet").is_dir() else ""
+    config = read_json(source / part / "config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        raise BadInput(f"{source} has no manifest.json, which only a UNet2DModel can do without")
+    with torch.device("meta"):
+        shapes = {name: ["F32", list(p.shape)] for name, p in UNet(config).state_dict().items()}
+    for old, new in OLD_NAMES.items():
+        shapes = {name.replace(f".{new}.", f".{old}."): value for name, value in shapes.items()}
+    return {part + WEIGHTS: {"tensors": shapes}}
+
+
+def synthesise(source, out, seed=0):
+    """The checkpoint folder `out` from the configs in `source`. Raises BadInput."""
+    manifest = read_manifest(source)
     for path in sorted(source.rglob("*")):
         if path.is_file() and path.name != "manifest.json":
             (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / path.relative_to(source))
-    for name, part in (manifest or read_json(source / "manifest.json")).items():
+    for name, part in manifest.items():
         def write(path):
             with open(path, "wb") as file:
                 write_tensors(file, part["tensors"], seed)
@@ -64,8 +82,6 @@ def main():
     p.add_argument("source", type=Path)
     p.add_argument("out", type=Path)
     args = p.parse_args()
-    if not (args.source / "manifest.json").exists():
-        raise BadInput(f"{args.source} has no manifest.json")
     synthesise(args.source, args.out)
     tokenizer = args.source.parent / "clip-tokenizer"       # one vocabulary for all, kept beside the manifests
     if (args.out / "tokenizer").is_dir() and tokenizer.is_dir():
