@@ -59,6 +59,8 @@ def main():
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
 
     prompts = prompts or [""]                               # an unconditional teacher is told nothing
+    if teacher.kind == "label":
+        teacher.encode(prompts)                             # an unknown one is said before the first picture
     folder = args.student.resolve()                         # no more of the path than tells students apart
     name = folder.parent.name if folder.name == "student" else folder.name
     jobs = [(prompt, args.seed + n * len(prompts) + k)

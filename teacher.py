@@ -51,8 +51,11 @@ def command(main):
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory, halve --micro-batch or --batch ({error})", file=sys.stderr)
+    except RuntimeError as error:                           # torch's of a GPU, and the plain one of a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory, give half the --micro-batch, or --batch ({str(error).split('. ')[0]})",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -65,6 +68,7 @@ def pick_device(name=None):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
+        torch.backends.cudnn.allow_tf32 = False             # fp32 means that: 1 / alpha_T multiplies what is rounded
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name or device} is not available here ({reason}): try cpu") from None
@@ -151,26 +155,33 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def modern(name):
-    """A parameter's present name."""
+    """The name that a parameter has in our networks."""
+    if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name):
+        return f"text_model.{name}"                         # transformers 5 leaves it out
     if ".attentions." not in name:
         return name
     module, layer, kind = name.rsplit(".", 2)
     return f"{module}.{OLD_NAMES.get(layer, layer)}.{kind}"
 
 
-def build(network, config, tensors, where):
-    """network(config), frozen, with exactly these weights; on the meta device first, so none is made twice.
-
-    Raises BadInput naming the config key, or the missing, unexpected or mis-shaped tensors. where: said in
-    the error.
-    """
+def blank(network, config, where):
+    """network(config) without weights, on the meta device. Raises BadInput naming the config key, after where."""
     try:
         with torch.device("meta"):
-            module = network(config)
+            return network(config)
     except KeyError as error:
         raise BadInput(f"{where}: the config has no {error}") from None
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise BadInput(f"{where}: {error}") from None
+
+
+def build(network, config, tensors, where):
+    """network(config), frozen, with exactly these weights, none of them made twice.
+
+    Raises BadInput naming the config key, or the missing, unexpected or mis-shaped tensors. where: said in
+    the error.
+    """
+    module = blank(network, config, where)
     tensors = {modern(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -182,9 +193,7 @@ def build(network, config, tensors, where):
         listed = "; ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise BadInput(f"{where} does not hold the weights its config describes: {listed}")
     module.load_state_dict(tensors, assign=True)
-    module = module.eval().requires_grad_(False)
-    on_gpu = next(module.parameters()).device.type == "cuda"        # a CPU's convolutions reorder them in any case
-    return module.to(memory_format=torch.channels_last) if on_gpu else module
+    return module.eval().requires_grad_(False)
 
 
 def choose_weights(names, stem):
@@ -425,7 +434,7 @@ def explain(error):
         return "has no such revision"
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         return "does not exist, or is private: check the spelling, or log in with `hf auth login`"
-    if getattr(error, "errno", None) == 28:
+    if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
         return "does not fit on this disk: make room, or set HF_HOME to a folder on another"
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return f"can't be had ({reason}): check the network and give the same command again, or a local folder"
@@ -442,13 +451,20 @@ def fetch(repo, revision=None, sha256=None):
     except Exception as error:                              # no network, or none wanted: is it in the cache?
         for name in ("model_index.json", "student.json", "config.json"):
             try:
-                return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True)).parent
+                folder = Path(hf_hub_download(repo, name, revision=revision, local_files_only=True)).parent
             except Exception:                               # the hub's client raises what its HTTP library does
                 continue
+            if any(folder.rglob("*.safetensors")):          # not what an interrupted download left
+                return folder
         raise BadInput(f"{repo} {explain(error)}") from None
-    files = needed([file.rfilename for file in info.siblings])
+    names = [file.rfilename for file in info.siblings]
+    files = needed(names)
     if not any(name.endswith(".safetensors") for name in files):
-        raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
+        pickled = any(name.endswith(f"{STEM}.bin") for name in names)
+        advice = ("has only pickled weights, which can run code: convert them once with diffusers, by `python -c 'from "
+                  f"diffusers import DiffusionPipeline as P; P.from_pretrained(\"{repo}\").save_pretrained(\"DIR\")'`"
+                  ", then --teacher DIR")
+        raise BadInput(f"{repo} {advice if pickled else 'has no weights in safetensors in the diffusers layout'}")
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
@@ -574,9 +590,11 @@ class Teacher:
         elif config.get("num_class_embeds"):
             # model_index.json may name the classes, as DiT's does; the one named "" stands for none of them
             index = folder / "model_index.json"
-            names = read_json(index).get("id2label", {}) if index.exists() else {}
-            self.kind = "label"
-            self.labels = {names.get(str(k), str(k)): k for k in range(config["num_class_embeds"])}
+            names = (read_json(index).get("id2label") if index.exists() else None) or {}
+            self.kind, self.labels = "label", {}
+            for k in range(config["num_class_embeds"]):
+                name = names.get(str(k), str(k))
+                self.labels[f"{name} ({k})" if name in self.labels else name] = k           # ImageNet has two cranes
             if "" in self.labels:
                 self.uncond = self.encode([""])
 
@@ -615,19 +633,22 @@ class Teacher:
         condition of a negative prompt, (1, ...); None is the empty prompt.
         """
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        if not torch.is_tensor(w) and w == 1:
-            f = clean_prediction(self.call(self.unet, x_t, t - 1, cond), x_t, t, self.schedule)
-        else:
-            uncond = (self.uncond if uncond is None else uncond).expand_as(cond)
-            out = self.call(self.unet, torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([cond, uncond]))
-            f_cond, f_uncond = (clean_prediction(o, x_t, t, self.schedule) for o in out.chunk(2))
-            f = guide(f_cond, f_uncond, w)
+        with torch.autocast(x_t.device.type, enabled=False):            # its weights have their precision already
+            if not torch.is_tensor(w) and w == 1:
+                f = clean_prediction(self.call(self.unet, x_t, t - 1, cond), x_t, t, self.schedule)
+            else:
+                uncond = (self.uncond if uncond is None else uncond).expand_as(cond)
+                out = self.call(self.unet, torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([cond, uncond]))
+                f = guide(*(clean_prediction(o, x_t, t, self.schedule) for o in out.chunk(2)), w)
         return f if self.schedule.clip is None else f.clamp(-self.schedule.clip, self.schedule.clip)
 
     @torch.no_grad()
     def decode(self, latents):
         """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels."""
-        return (latents if self.vae is None else self.vae.decode(latents)).float().clamp(-1, 1)
+        if self.vae is not None:                            # so many at once: one of 768 pixels a side, four of 512
+            parts = latents.split(max(1, 2**16 // latents[0].numel()))
+            latents = torch.cat([self.vae.decode(part) for part in parts])
+        return latents.float().clamp(-1, 1)
 
 
 def fingerprint(paths, schedule):
@@ -694,10 +715,10 @@ class Student:
     def __init__(self, network, teacher, input_time, guidance, negative_prompt=""):
         self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
         self.negative_prompt, self.ranged = negative_prompt, isinstance(guidance, list)
-        # what its guidance leads away from, (1, ...)
-        self.uncond = teacher.encode([negative_prompt]) if negative_prompt else teacher.uncond
         if negative_prompt and teacher.kind is None:
             raise BadInput(f"teacher {teacher.spec} is unconditional: --negative-prompt has no meaning for it")
+        # what its guidance leads away from, (1, ...)
+        self.uncond = teacher.encode([negative_prompt]) if negative_prompt else teacher.uncond
         if self.uncond is None and guidance != 1:
             raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
 

@@ -11,6 +11,7 @@ The same command again resumes. Ctrl-C saves and stops.
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ SMALL = {"steps": 1200, "batch": 32, "lr": 5e-4, "warmup": 50, "ema": 0.99, "sav
 LARGE = {"steps": 50_000, "batch": 64, "lr": 1e-5, "warmup": 500, "ema": 0.9999, "save_every": 500,
          "sample_every": 1000}
 
+INPUT_NOISE = 2.27          # sigma_i / alpha_i where the student's input is read, unless --input-time says otherwise
 BINS = 4                    # the bootstrap loss is logged by quarter of the time
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: f(eps, T) is easily learned, costs as much
 
@@ -63,7 +65,7 @@ def parse_args():
     g.add_argument("--batch", type=int, help=f"total over all processes {either('batch')}")
     g.add_argument("--micro-batch", type=int,
                    help="what one device holds at once; halve it if you run out of memory "
-                        "(default: its whole share)")
+                        "(default: its whole share for an embedded teacher, up to 4 for another)")
     g.add_argument("--lr", type=float, help=f"peak {either('lr')}")
     g.add_argument("--warmup", type=int, help=f"steps of linear warm-up {either('warmup')}")
     g.add_argument("--decay", type=float, default=0.6,
@@ -77,9 +79,9 @@ def parse_args():
                    help="w, 1 is no guidance: a number, or LO:HI to train one student for the whole range "
                         "(default: 3 for an embedded teacher, 7.5 for another, 1 for one without an empty condition)")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
-    g.add_argument("--input-time", type=int, default=600,
-                   help="time at which the student's input is read, 1..T; the paper has T "
-                        "(default: %(default)s)")
+    g.add_argument("--input-time", type=int,
+                   help="time at which the student's input is read, 1..T; the paper has T (default: the first whose "
+                        f"noise is {INPUT_NOISE} times the signal, 600 of Stable Diffusion's, 423 of DDPM's)")
     g.add_argument("--num-steps", type=int, default=10,
                    help="K: a bootstrap step spans delta = T / K (default: %(default)s)")
     g.add_argument("--solver", choices=["euler", "heun"], default="heun",
@@ -118,7 +120,7 @@ def parse_args():
         args.guidance = lo_hi if len(lo_hi) == 2 else lo_hi[0]
     for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("micro_batch", 1, math.inf),
                             ("lr", 0, math.inf), ("warmup", 0, math.inf), ("decay", 0, 1), ("ema", 0, 0.999999),
-                            ("boundary_weight", 0, math.inf), ("save_every", 1, math.inf),
+                            ("boundary_weight", 0, math.inf), ("weight", -10, 10), ("save_every", 1, math.inf),
                             ("sample_every", 0, math.inf)):
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -231,7 +233,7 @@ def main():
     if args.batch % world:
         raise BadInput(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world
-    micro = args.micro_batch or share
+    micro = args.micro_batch or math.gcd(share, share if is_embedded(args.teacher) else 4)
     if share % micro:
         raise BadInput(f"--micro-batch {micro} does not divide {share}, each process's share of --batch")
     device = pick_device(args.device)
@@ -240,6 +242,8 @@ def main():
 
     teacher = load_teacher(args.teacher, device, dtype)
     schedule = teacher.schedule
+    if args.input_time is None:
+        args.input_time = 1 + (schedule.lam(torch.arange(1, schedule.T)) < math.log(INPUT_NOISE)).sum().item()
     for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
@@ -260,9 +264,10 @@ def main():
     weights = dict(network.named_parameters())
     params = list(weights.values())
     average = {name: p.detach().clone() for name, p in weights.items()} if args.ema else {}
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    # fused: the default on a GPU takes another 4 bytes a parameter for a moment
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
     for p in params:
-        optimizer.state[p] = {"step": torch.tensor(0.0)} | {m: torch.zeros_like(p) for m in MOMENTS}
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=device)} | {m: torch.zeros_like(p) for m in MOMENTS}
     state = training_state(weights, average, optimizer)
 
     state_file, log_file = args.out / "state" / "state.safetensors", args.out / "log.jsonl"
@@ -284,7 +289,8 @@ def main():
     if world > 1:                                           # only the first process need see the checkpoint
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others wait while the first one saves and paints
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         start = torch.tensor(start, device=device)
         for tensor in [start, *state.values()]:
             dist.broadcast(tensor, 0)
@@ -317,13 +323,14 @@ def main():
         weight = (1 - contraction(t, s, schedule)).float() ** args.weight
         with autocast():
             bootstrap = bootstrap_loss(*on(slice(None)), eps, t, s, schedule, args.solver, weight)  # (B,)
-            if end and args.boundary_weight:
-                boundary = boundary_loss(*on(end), eps[end], schedule)
-        boundary = boundary.sum() / len(range(0, args.batch, BOUNDARY_EVERY))
-        (bootstrap.sum() / args.batch + args.boundary_weight * boundary).mul(scale).backward()
+        (scale / args.batch * bootstrap.sum()).backward()   # each on its own: one graph in memory at a time
+        if end and args.boundary_weight:
+            with autocast():
+                boundary = boundary_loss(*on(end), eps[end], schedule) / len(range(0, args.batch, BOUNDARY_EVERY))
+            (scale * args.boundary_weight * boundary.sum()).backward()
         by_time = torch.zeros(2, BINS, device=device).index_add_(
             1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
-        return torch.cat([by_time.flatten(), boundary.detach().view(1)])
+        return torch.cat([by_time.flatten(), boundary.detach().sum().view(1)])
 
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
@@ -381,7 +388,7 @@ def main():
                               len(prompts), args.guidance)
             raise BadInput(f"the loss is not finite at step {step} (first times {t.tolist()}, "
                            f"guidance {[round(v, 2) for v in w.tolist()]}); what {args.out} holds is whole: "
-                           "lower --lr, or take --precision bf16 or fp32")
+                           "lower --lr, or take --precision bf16 or fp32, in another --out")
         optimizer.step()
         with torch.no_grad():
             decay = min(args.ema, (step + 1) / (step + 10))

@@ -77,7 +77,7 @@ def test_sharded_and_half_precision_files_load(tiny, tmp_path, filed):
     assert torch.equal(other.unet.mid_block.resnets[0].conv1.weight, tiny.unet.mid_block.resnets[0].conv1.weight)
 
 
-def test_weights_in_the_files_own_precision_are_not_copied(tmp_path):
+def test_weights_in_the_files_own_precision_are_private(tmp_path):
     save_file({"a": torch.randn(64, 64, 3, 3)}, tmp_path / "a.safetensors")
     tensor, again = (read_tensors(tmp_path / "a.safetensors", dtype=torch.float32)[0]["a"] for _ in range(2))
     tensor += 1                                             # a view, but private: the file keeps its values

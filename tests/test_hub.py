@@ -150,6 +150,10 @@ def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
 def test_repository_without_safetensors_is_refused(hub):
     for path in hub.repos["somebody/tiny"].rglob("*.safetensors"):
         path.unlink()
+    with pytest.raises(BadInput, match="only pickled weights.*convert them once"):
+        load_teacher("somebody/tiny")
+    for path in hub.repos["somebody/tiny"].rglob("*.bin"):
+        path.unlink()
     with pytest.raises(BadInput, match="no weights in safetensors"):
         load_teacher("somebody/tiny")
 
@@ -169,6 +173,8 @@ def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch,
     for _ in range(2):                                      # the wrong file was not left in the cache
         with pytest.raises(BadInput, match="gone/mirror does not exist.*bad/mirror has another unet/.* deleted again"):
             load_teacher("sd21")
+    fetched = [path for method, path, _ in hub.seen if method == "GET" and path.startswith("/bad/mirror/resolve")]
+    assert sum(path.endswith("unet/" + WEIGHTS) for path in fetched) == 3
 
 
 def test_train_command_takes_a_hub_id(hub, call, tmp_path):

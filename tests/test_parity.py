@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from model import VAE, TextEncoder, UNet
 from signal_ode import solve
-from teacher import TINY, noise
+from teacher import TINY, load_teacher, noise
 
 diffusers = pytest.importorskip("diffusers", reason="the reference library diffusers is not installed")
 transformers = pytest.importorskip(
@@ -192,6 +192,22 @@ def test_embedded_teacher_opens_in_diffusers_and_paints_our_picture(tiny):
     denoise = lambda x, t: tiny.denoise(x, t, cond, 3.0)
     ours = tiny.decode(solve(denoise, eps, tiny.schedule.grid(10), tiny.schedule, space="x")[-1])
     assert (ours - theirs).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_embedded_pixel_teacher_paints_the_picture_of_diffusers():
+    """Guided and clipped; theirs takes the noise from the clipped prediction only if asked to."""
+    teacher = load_teacher("tiny-pixel")
+    unet = diffusers.UNet2DModel.from_pretrained(teacher.unet_folder).float()
+    scheduler = diffusers.DDIMScheduler.from_pretrained(teacher.folder / "scheduler", timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    eps, cond = noise([0, 1], teacher.shape), teacher.encode(["bag", "dress"])
+    x, labels = eps, torch.cat([cond, teacher.uncond.expand(2)])
+    for t in scheduler.timesteps:
+        out, uncond = unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
+        x = scheduler.step(uncond + 2 * (out - uncond), t, x, use_clipped_model_output=True).prev_sample
+    denoise = lambda x, t: teacher.denoise(x, t, cond, 2.0)
+    assert (solve(denoise, eps, teacher.schedule.grid(10), teacher.schedule, space="x")[-1] - x).abs().max() < 1e-3
 
 
 def test_shipped_student_opens_in_diffusers():

@@ -4,15 +4,14 @@
     python -m tools.bench --teacher FOLDER --repeat 3       any teacher's folder
     python -m tools.bench --teacher FOLDER --parts vae      some of its networks
 
-Needs `pip install diffusers transformers`. Loading is timed in processes of its own, the forward pass in one; ours
+Needs `pip install diffusers transformers`. Loading is timed in processes of their own, the forward pass in one; ours
 and theirs in turn, medians.
 """
 
 import argparse
 import importlib
 import json
-import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -50,22 +49,24 @@ def theirs(part, folder, device, dtype):
 LOADERS = {"ours": ours, "theirs": theirs}
 
 
-def resident():
-    """Bytes of this process in memory now: the page counts of statm, its second field."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(field, device):
+    """Bytes of this process: VmRSS now, VmHWM at its highest (getrusage's is the parent's too); or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) if field == "VmRSS" else torch.cuda.max_memory_allocated(device)
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure_loading(which, part, folder, device, dtype):
     """In a process of its own: seconds to load, and until every weight was read; peak memory over the start."""
     if which == "theirs":
         reference(part, folder)                             # its imports are not counted
-    before = resident()
+    before = memory("VmRSS", device)
     began = time.perf_counter()
     network = LOADERS[which](part, folder, device, dtype)
     loaded = time.perf_counter()
     sum(p.sum().item() for p in network.parameters())
     read = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = memory("VmHWM", device) - before
     size = sum(p.nbytes for p in network.parameters())
     print(json.dumps({"load": loaded - began, "read": read - began, "peak": peak / size, "size": size}))
 
@@ -80,7 +81,7 @@ def passes(part, config, size, batch, device, dtype):
     if part == "vae":
         side = size or config["sample_size"] // 2 ** (len(config["block_out_channels"]) - 1)
         z = draw(batch, config["latent_channels"], side, side)
-        return lambda n: n.decode(z * n.scale), lambda n: n.decode(z).sample
+        return lambda n: n.decode(z), lambda n: n.decode(z / n.config.scaling_factor).sample
     side = size or config["sample_size"]
     x, t = draw(batch, config["in_channels"], side, side), torch.randint(1000, (batch,), generator=rng).to(device)
     if config["_class_name"] == "UNet2DModel":
@@ -97,7 +98,7 @@ def measure_forward(part, folder, device, dtype, size, batch, repeat, compiled):
     calls = dict(zip(LOADERS, passes(part, networks["ours"].config, size, batch, device, dtype)))
     if compiled:
         calls = {name: torch.compile(call) for name, call in calls.items()}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     times, outputs = {name: [] for name in networks}, {}
     for _ in range(repeat + 1):                             # the first is not counted
         for name, network in networks.items():
@@ -122,7 +123,7 @@ def bench(part, folder, args):
                      "--precision", args.precision, "--device", str(device), "--loading", name]
             done = subprocess.run(list(map(str, child)), capture_output=True, text=True)
             if done.returncode:
-                raise BadInput(f"loading {folder}, {name}, failed: {done.stderr.strip()[-500:] or done.returncode}")
+                raise BadInput(f"loading {folder}, {name}, failed: {done.stderr.strip().splitlines()[-1:]}")
             rows[name].append(json.loads(done.stdout.splitlines()[-1]))
     size = rows["ours"][0]["size"] / 1e9
     print(f"{folder}, {size:.2f} GB in {args.precision} on {device}, medians of {args.repeat}")
@@ -149,6 +150,8 @@ def main():
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--loading", choices=list(LOADERS), help=argparse.SUPPRESS)
     args = p.parse_args()
+    if min(args.repeat, args.batch, args.size or 1) < 1:
+        p.error("--repeat, --batch and --size are 1 or more")
     folders = {part: args.teacher / part for part in PARTS if (args.teacher / part).is_dir()}
     folders = {"unet": args.teacher} | folders              # the pixel models keep theirs at the root
     for part in args.parts or folders:

@@ -204,7 +204,8 @@ def main():
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")
     ours = args.student.is_dir() and TINY.resolve() not in args.student.resolve().parents
-    out = args.json or (args.student if ours else Path("runs") / f"{teacher.spec}-shipped") / "evaluation.json"
+    folder = args.student if ours else Path("runs") / f"{Path(teacher.spec).name}-shipped"
+    out = args.json or folder / "evaluation.json"
     write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
                      "guidance": w, "judge": accuracy, "rows": rows})
     samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]

@@ -14,10 +14,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from model import UNet
-from teacher import OLD_NAMES, WEIGHTS, BadInput, command, read_json, write_file
+from teacher import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 
@@ -56,8 +55,7 @@ def read_manifest(source):
     config = read_json(source / part / "config.json")
     if config.get("_class_name") != "UNet2DModel":
         raise BadInput(f"{source} has no manifest.json, which only a UNet2DModel can do without")
-    with torch.device("meta"):
-        shapes = {name: ["F32", list(p.shape)] for name, p in UNet(config).state_dict().items()}
+    shapes = {name: ["F32", list(p.shape)] for name, p in blank(UNet, config, source).state_dict().items()}
     for old, new in OLD_NAMES.items():
         shapes = {name.replace(f".{new}.", f".{old}."): value for name, value in shapes.items()}
     return {part + WEIGHTS: {"tensors": shapes}}
@@ -84,7 +82,7 @@ def main():
     args = p.parse_args()
     synthesise(args.source, args.out)
     tokenizer = args.source.parent / "clip-tokenizer"       # one vocabulary for all, kept beside the manifests
-    if (args.out / "tokenizer").is_dir() and tokenizer.is_dir():
+    if (args.out / "tokenizer").is_dir() and not (args.out / "tokenizer" / "vocab.json").exists():
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(tokenizer / name, args.out / "tokenizer" / name)
     print(args.out)

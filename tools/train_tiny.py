@@ -311,10 +311,9 @@ def train_pixel(args, train):
 
 def ship_student(args):
     """tiny/student or tiny/pixel/student: a trained student in half precision, of the teacher that is there."""
-    pixel = read_json(args.student / "student" / "student.json")["teacher"] == "tiny-pixel"
-    folder = args.out / "pixel" if pixel else args.out
-    student = load_student(args.student, folder)
-    student.teacher.spec = "tiny-pixel" if pixel else "tiny"
+    name = Path(read_json(args.student / "student" / "student.json")["teacher"]).name
+    student = load_student(args.student, folder := args.out / "pixel" if "pixel" in name else args.out)
+    student.teacher.spec = "tiny-pixel" if "pixel" in name else "tiny"
     save_student(folder / "student", student, dtype=torch.float16)
 
 
