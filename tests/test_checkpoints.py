@@ -139,6 +139,26 @@ def test_pixel_teacher_from_training_to_picture(pixel, call, tmp_path, classes):
             assert code == 2 and ("is unconditional" in error or "neither --prompt nor --label" in error)
 
 
+def test_unconditional_teacher_on_trained_weights(call, tmp_path):
+    """The embedded pixel teacher's class "" moved into a bias: an unconditional network, from training to picture."""
+    folder = shutil.copytree(TINY / "pixel", tmp_path / "t", ignore=shutil.ignore_patterns("student", "evaluation"))
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "unet" / WEIGHTS).items()}
+    weights["time_embedding.linear_2.bias"] += weights.pop("class_embedding.weight")[10]
+    save_file(weights, folder / "unet" / WEIGHTS)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"num_class_embeds": None}))
+    teacher, whole = load_teacher(folder), load_teacher("tiny-pixel")
+    eps = noise([0, 1], teacher.shape)
+    for t in (1000, 500, 20):
+        f, f_class = teacher.denoise(eps, t, teacher.encode(["", ""])), whole.denoise(eps, t, whole.encode(["", ""]))
+        assert teacher.kind is None and torch.allclose(f, f_class, atol=1e-4)
+    code, _, error = call("train", "--teacher", folder, "--out", tmp_path / "run", "--steps", 2, "--batch", 4,
+                          "--sample-every", 0)
+    assert code == 0, error
+    code, _, error = call("sample", "--student", tmp_path / "run", "--out", tmp_path / "png")
+    assert code == 0 and Image.open(tmp_path / "png" / "000000.png").size == (32, 32), error
+
+
 @pytest.mark.parametrize("given, message", [
     (["--prompt", "x"], "takes --label"), (["--label", "9"], "has no class '9': 0, 1, 2"),
     ([], "nothing to paint: give --label")])
