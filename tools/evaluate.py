@@ -1,6 +1,6 @@
 """Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
 
-    python -m tools.evaluate --student runs/tiny            5,000 images; the teacher's rows are in tiny/
+    python -m tools.evaluate --student runs/tiny            5,000 images; the teacher's rows are stored beside it
     python -m tools.evaluate --student runs/tiny --fresh    measure those again too, about an hour on 2 cores
 """
 
@@ -175,8 +175,9 @@ def main():
     p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
     p.add_argument("--guidance", type=float,
                    help="w of teacher and student, for a student trained on a range (default: its middle)")
-    p.add_argument("--images", type=int, default=5000,
-                   help="the Frechet distance of fewer is larger: compare like with like")
+    p.add_argument("--images", type=int,
+                   help="the Frechet distance of fewer is larger: compare like with like (default: 5000; 2000 for the "
+                        "pixel teacher, whose passes take longer)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
@@ -184,10 +185,12 @@ def main():
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
-    if args.images < 100:
-        raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     student = load_student(args.student, args.teacher, pick_device(args.device))
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
+    if args.images is None:
+        args.images = 2000 if teacher.vae is None else 5000
+    if args.images < 100:
+        raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     evaluation = Evaluation(student, args.images, w, args.seed)
     rows, solution = teacher_rows(evaluation, args.fresh)
     measured = evaluation.measure(evaluation.one_step, "student", solution)

@@ -302,7 +302,8 @@ def train_pixel(args, train):
     def loss(rng, batch):
         x_0, labels = draw_batch(train, batch, rng, COMBINATIONS)
         label = torch.where(torch.rand(batch, generator=rng) < 0.1, len(GARMENTS), labels[:, 0]).to(args.device)
-        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(args.device)
+        u = torch.rand(batch, generator=rng)
+        t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(args.device)        # texture is most of the work
         eps, x_0 = torch.randn(x_0.shape, generator=rng).to(args.device), x_0.to(args.device)
         v = like(schedule.alpha(t), eps) * eps - like(schedule.sigma(t), x_0) * x_0
         return F.mse_loss(unet(noisy(x_0, eps, t, schedule), t - 1, label=label), v)
@@ -334,7 +335,7 @@ def main():
     p.add_argument("--vae-steps", type=int, default=6000)
     p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
-    p.add_argument("--pixel-steps", type=int, default=7000)
+    p.add_argument("--pixel-steps", type=int, default=14_000)
     p.add_argument("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
