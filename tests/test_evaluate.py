@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from teacher import TINY, load_student
+from teacher import TINY, load_student, load_teacher, new_student
 from tools.evaluate import STEPS, Evaluation, combinations, precision_recall, teacher_rows
 from tools.judge import frechet, prompt
 
@@ -64,9 +64,13 @@ def alignment(evaluation, sampler, images):
     return (torch.stack(answers, 1)[:, :labels.shape[1]] == labels).all(1).float().mean().item()
 
 
-@pytest.mark.parametrize("folder", [TINY, TINY / "pixel"], ids=["tiny", "tiny-pixel"])
-def test_teacher_and_shipped_student_paint_what_they_are_told(folder):
-    student = load_student(folder / "student")
+def test_pixel_teacher_paints_what_it_is_told():
+    evaluation = Evaluation(new_student(load_teacher("tiny-pixel"), 423, 3.0), 200, 3.0, seed=1)
+    assert alignment(evaluation, evaluation.ddim(10), 200) > 0.85
+
+
+def test_teacher_and_shipped_student_paint_what_they_are_told():
+    student = load_student(TINY / "student")
     evaluation = Evaluation(student, 200, student.guidance, seed=1)
     teacher = alignment(evaluation, evaluation.ddim(25), 200)
     assert teacher > 0.88

@@ -3,7 +3,6 @@
     apt-get install dataset-fashion-mnist
     python -m tools.train_tiny                                          the teachers; the same command resumes
     python -m tools.train_tiny --stages student --student runs/best     ship that student, in half precision
-    python -m tools.train_tiny --stages student --student runs/tiny-pixel
 """
 
 import argparse
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, like, noisy
 from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student,
-                     pick_device, read_json, save_student, write_file, write_json)
+                     pick_device, save_student, write_file, write_json)
 from tools.judge import Judge, article, load_judge, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
@@ -315,11 +314,10 @@ def train_pixel(args, train):
 
 
 def ship_student(args):
-    """tiny/student or tiny/pixel/student: a trained student in half precision, of the teacher that is there."""
-    name = Path(read_json(args.student / "student" / "student.json")["teacher"]).name
-    student = load_student(args.student, folder := args.out / "pixel" if "pixel" in name else args.out)
-    student.teacher.spec = "tiny-pixel" if "pixel" in name else "tiny"
-    save_student(folder / "student", student, dtype=torch.float16)
+    """tiny/student: a trained student in half precision, of the teacher that is there."""
+    student = load_student(args.student, args.out)
+    student.teacher.spec = "tiny"
+    save_student(args.out / "student", student, dtype=torch.float16)
 
 
 def main():
