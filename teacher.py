@@ -62,13 +62,16 @@ def command(main):
 
 
 def pick_device(name=None):
-    """The device of --device; None is CUDA if there is one, else CPU. Under torchrun, this process's GPU."""
+    """The device of --device; None is CUDA if there is one, else CPU. Under torchrun, this process's GPU.
+
+    Its float32 is float32, not TF32: 1 / alpha_T multiplies what is rounded.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
-        torch.backends.cudnn.allow_tf32 = False             # fp32 means that: 1 / alpha_T multiplies what is rounded
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name or device} is not available here ({reason}): try cpu") from None
@@ -460,11 +463,12 @@ def fetch(repo, revision=None, sha256=None):
     names = [file.rfilename for file in info.siblings]
     files = needed(names)
     if not any(name.endswith(".safetensors") for name in files):
-        pickled = any(name.endswith(f"{STEM}.bin") for name in names)
-        advice = ("has only pickled weights, which can run code: convert them once with diffusers, by `python -c 'from "
-                  f"diffusers import DiffusionPipeline as P; P.from_pretrained(\"{repo}\").save_pretrained(\"DIR\")'`"
-                  ", then --teacher DIR")
-        raise BadInput(f"{repo} {advice if pickled else 'has no weights in safetensors in the diffusers layout'}")
+        if any(name.endswith(f"{STEM}.bin") for name in names):
+            convert = ("from diffusers import DiffusionPipeline as P; "
+                       f"P.from_pretrained('{repo}').save_pretrained('DIR')")
+            raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
+                           f'`python -c "{convert}"`, then --teacher DIR')
+        raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:

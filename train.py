@@ -232,8 +232,8 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise BadInput(f"--batch {args.batch} does not divide over {world} processes")
-    share = args.batch // world
-    micro = args.micro_batch or math.gcd(share, share if is_embedded(args.teacher) else 4)
+    share, embedded = args.batch // world, is_embedded(args.teacher)
+    micro = args.micro_batch or (share if embedded else math.gcd(share, 4))
     if share % micro:
         raise BadInput(f"--micro-batch {micro} does not divide {share}, each process's share of --batch")
     device = pick_device(args.device)
@@ -248,7 +248,7 @@ def main():
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")
     if args.guidance is None:
-        args.guidance = 1.0 if teacher.uncond is None else 3.0 if is_embedded(args.teacher) else 7.5
+        args.guidance = 1.0 if teacher.uncond is None else 3.0 if embedded else 7.5
     delta = round(schedule.T / args.num_steps)
     if rank > 0:
         warnings.simplefilter("ignore")                     # of prompts cut short: one process says it
@@ -319,18 +319,18 @@ def main():
             return (lambda eps, t: student(eps, t, c, v),
                     lambda x_t, t: teacher.denoise(x_t, t, c, v, student.uncond))
 
-        s, boundary = (t - delta).clamp(min=0), eps.new_zeros(1)
+        s, boundary = (t - delta).clamp(min=0), eps.new_zeros(())
         weight = (1 - contraction(t, s, schedule)).float() ** args.weight
         with autocast():
             bootstrap = bootstrap_loss(*on(slice(None)), eps, t, s, schedule, args.solver, weight)  # (B,)
         (scale / args.batch * bootstrap.sum()).backward()   # each on its own: one graph in memory at a time
         if end and args.boundary_weight:
             with autocast():
-                boundary = boundary_loss(*on(end), eps[end], schedule) / len(range(0, args.batch, BOUNDARY_EVERY))
-            (scale * args.boundary_weight * boundary.sum()).backward()
+                boundary = boundary_loss(*on(end), eps[end], schedule).sum() / len(range(0, args.batch, BOUNDARY_EVERY))
+            (scale * args.boundary_weight * boundary).backward()
         by_time = torch.zeros(2, BINS, device=device).index_add_(
             1, (t - 1) * BINS // schedule.T, torch.stack([bootstrap.detach(), torch.ones_like(bootstrap)]))
-        return torch.cat([by_time.flatten(), boundary.detach().sum().view(1)])
+        return torch.cat([by_time.flatten(), boundary.detach().view(1)])
 
     def save(step):
         """The student first: a crash in between repeats some steps and writes it again."""
@@ -418,7 +418,7 @@ def main():
         print(f"the student is in {args.out / 'student'}\n"
               f"  python sample.py --student {out}"
               + (f" --{'prompt' if teacher.kind == 'text' else 'label'} {shlex.quote(prompts[0])}" * bool(teacher.kind))
-              + (f"\n  python -m tools.evaluate --student {out}" if is_embedded(args.teacher) else ""))
+              + (f"\n  python -m tools.evaluate --student {out}" if embedded else ""))
 
 
 if __name__ == "__main__":

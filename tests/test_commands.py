@@ -14,11 +14,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from teacher import TINY, WEIGHTS
+from teacher import TINY, WEIGHTS, command
 from train import compose_prompts, learning_rate
 
 SHORT = ["train.py", "--batch", 8, "--steps", 6, "--save-every", 2, "--sample-every", 0, "--warmup", 2]
@@ -278,3 +279,9 @@ def test_long_prompt_is_cut_with_a_warning(run, tmp_path):
     done = run("sample.py", "--prompt", "red " * 90 + "hat", "--out", tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: prompt cut to 77 tokens") and "hat" in done.stderr
+
+
+def test_out_of_memory_says_what_to_do(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(lambda: torch.empty(2**50))
+    assert capsys.readouterr().err.startswith("error: out of memory, give half the --micro-batch")
