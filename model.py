@@ -377,9 +377,11 @@ class VAE(nn.Module):
         groups = config.get("norm_num_groups", 32)
         c_latent, levels = config["latent_channels"], len(channels)
         supported("act_fn", config.get("act_fn", "silu"), "silu")
-        supported("shift_factor", config.get("shift_factor"), None)
-        for kind in config["down_block_types"] + config["up_block_types"]:
-            supported("block types", kind, "DownEncoderBlock2D", "UpDecoderBlock2D")
+        for key in ("shift_factor", "latents_mean", "latents_std"):
+            supported(key, config.get(key), None)
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            for given in config[key]:
+                supported(key, given, kind)
 
         def resnets(c_in, c_out, n):
             return [Resnet(c_in if j == 0 else c_out, c_out, None, groups, 1e-6) for j in range(n)]

@@ -52,7 +52,7 @@ def command(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:                           # torch's of a GPU, and the plain one of a CPU
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         print(f"error: out of memory, give half the --micro-batch, or --batch ({str(error).split('. ')[0]})",
               file=sys.stderr)
@@ -443,10 +443,9 @@ def explain(error):
     return f"can't be had ({reason}): check the network and give the same command again, or a local folder"
 
 
-def fetch(repo, revision=None, sha256=None):
+def fetch(repo, revision=None):
     """The local folder of a hub repository's files, from the cache or downloaded; only those needed, no pickle.
 
-    sha256: part ("unet", ...) -> the hash that its weights must have, where they are a single file.
     Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Raises BadInput.
     """
     try:
@@ -470,10 +469,17 @@ def fetch(repo, revision=None, sha256=None):
                            f'`python -c "{convert}"`, then --teacher DIR')
         raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
         raise BadInput(f"{repo} {explain(error)}") from None
-    for part, expected in (sha256 or {}).items():
+
+
+def check_weights(repo, folder, sha256):
+    """That a named teacher's weights are as published; others are deleted from the cache. Raises BadInput.
+
+    sha256: part ("unet", ...) -> the hash of its weights, where they are a single file.
+    """
+    for part, expected in sha256.items():
         path = folder / part / ("model.safetensors" if part == "text_encoder" else WEIGHTS)
         if not path.exists():                               # filed in another way: published as well, hash unknown
             continue
@@ -484,7 +490,6 @@ def fetch(repo, revision=None, sha256=None):
                 file.unlink(missing_ok=True)
             raise BadInput(f"{repo} has another {part}/{path.name} than published (sha256 {found[:12]}, not "
                            f"{expected[:12]}), which was deleted again")
-    return folder
 
 
 def is_embedded(spec):
@@ -505,7 +510,8 @@ def resolve(spec):
         failures = []
         for repo in repos:
             try:
-                folder = fetch(repo, revision or None, None if revision else sha256)
+                folder = fetch(repo, revision or None)
+                check_weights(repo, folder, {} if revision else sha256)
                 print(f"{name} is {repo}, in {folder}", file=sys.stderr)
                 return folder, spec
             except BadInput as error:
@@ -571,13 +577,12 @@ class Teacher:
                 raise BadInput(f"{where}: {key} = {config.get(key)!r} is not supported: {wanted}")
         if pixel and ((folder / "vae").is_dir() or (folder / "vqvae").is_dir()):
             raise BadInput(f"{where}: a UNet2DModel on latents is not supported: on pixels, without a VAE")
-        if config.get("class_embed_type") == "timestep":
-            raise BadInput(f"{where}: class_embed_type = 'timestep' is a student, not a teacher")
+        if config.get("class_embed_type") == "timestep" or config.get("time_cond_proj_dim"):
+            raise BadInput(f"{where}: with class_embed_type or time_cond_proj_dim it is a student, not a teacher")
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-        self.fingerprint = fingerprint(weight_files(self.unet_folder), self.schedule)
         self.vae = self.text_encoder = self.labels = self.kind = self.uncond = None
         if not pixel:
-            self.kind = "text"
+            self.kind, self.schedule.clip = "text", None            # it may say so, but latents have no bounds
             if config.get("num_class_embeds"):
                 raise BadInput(f"{where}: num_class_embeds beside text is not supported: null")
             try:
@@ -590,6 +595,8 @@ class Teacher:
                 raise BadInput(f"{where}: in_channels is not the VAE's latent_channels")
             if config.get("cross_attention_dim") != (width := self.text_encoder.config["hidden_size"]):
                 raise BadInput(f"{where}: cross_attention_dim is not the text encoder's width {width}")
+            if self.tokenizer.length > (length := self.text_encoder.config["max_position_embeddings"]):
+                raise BadInput(f"{folder / 'tokenizer'}: model_max_length is more than the text encoder's {length}")
             self.uncond = self.encode([""])
         elif config.get("num_class_embeds"):
             # model_index.json may name the classes, as DiT's does; the one named "" stands for none of them
@@ -601,6 +608,8 @@ class Teacher:
                 self.labels[f"{name} ({k})" if name in self.labels else name] = k           # ImageNet has two cranes
             if "" in self.labels:
                 self.uncond = self.encode([""])
+        texts = weight_files(folder / "text_encoder", "model") if self.kind == "text" else []
+        self.fingerprint = fingerprint(weight_files(self.unet_folder) + texts, self.schedule)
 
     @functools.cached_property
     def unet(self):
@@ -656,14 +665,15 @@ class Teacher:
 
 
 def fingerprint(paths, schedule):
-    """A short hash of schedule and the first weights of every tensor, to tell teachers apart; so a file in half
-    precision is the same teacher."""
+    """A short hash of schedule and the first weights of every tensor of U-Net and text encoder, to tell teachers
+    apart. A file in half precision is the same teacher, and so is one with another VAE."""
     alphas = schedule.alpha(torch.arange(schedule.T + 1)).mul(1e6).round().tolist()
     digest = hashlib.sha256(f"{schedule.prediction} {schedule.clip} {alphas}".encode())
     some = {}
     for path in paths:
         with open_tensors(path) as file:
-            some |= {modern(name): file.get_tensor(name).flatten()[:8].half() for name in file.keys()}
+            some |= {modern(name): file.get_tensor(name).flatten()[:8].half()
+                     for name in file.keys() if not name.endswith("position_ids")}
     for name in sorted(some):
         digest.update(name.encode() + some[name].numpy().tobytes())
     return digest.hexdigest()[:16]

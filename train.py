@@ -19,6 +19,7 @@ import os
 import random
 import shlex
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -227,6 +228,12 @@ def rewind_log(path, step):
     return kept[-1]["seconds"] if kept else 0
 
 
+def warn_once(message, *_):
+    """One warning is enough: a file of prompts may have thousands too long."""
+    print(f"warning: {message} (others like it are not shown)", file=sys.stderr)
+    warnings.simplefilter("ignore")
+
+
 def main():
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -250,8 +257,7 @@ def main():
     if args.guidance is None:
         args.guidance = 1.0 if teacher.uncond is None else 3.0 if embedded else 7.5
     delta = round(schedule.T / args.num_steps)
-    if rank > 0:
-        warnings.simplefilter("ignore")                     # of prompts cut short: one process says it
+    warnings.showwarning = warn_once if rank == 0 else lambda *_: None
     prompts = prompt_source(teacher, args.prompts)
     config = {k: v for k, v in vars(args).items() if k not in ("dry_run", "out")}
     config |= {"precision": precision, "teacher": teacher.spec, "fingerprint": teacher.fingerprint,
@@ -283,9 +289,6 @@ def main():
               f"{resuming}", flush=True)
     if args.dry_run:
         return
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):          # from here on: save at the next step, exit 0
-        signal.signal(number, lambda *_: stop.append(True))
     if world > 1:                                           # only the first process need see the checkpoint
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -337,10 +340,7 @@ def main():
         save_student(args.out / "student", student, average or weights)
         save_state(state_file, state, step)
 
-    if rank == 0:
-        write_json(args.out / "config.json", config)
-        seconds = rewind_log(log_file, start)
-        # for the pictures: fixed prompts and noises
+    if rank == 0:                                           # for the pictures: fixed prompts and noises
         shown = [prompts[k * len(prompts) // 8] for k in range(8)]
         eps_shown, cond_shown = noise(range(8), teacher.shape).to(device), teacher.encode(shown)
         w_shown = student.pick_guidance()
@@ -365,9 +365,13 @@ def main():
         whole = sheet([teacher_row, student_row], 96)
         write_file(args.out / "samples" / f"step_{step}.png", lambda p: whole.save(p, "PNG"))
 
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):          # from here on: save at the next step, exit 0
+        signal.signal(number, lambda *_: stop.append(True))
+    if rank == 0:
+        write_json(args.out / "config.json", config)
+        seconds = rewind_log(log_file, start)
     done, began = start, time.time() - seconds
-    if rank == 0 and start >= args.steps:
-        save(start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)
     for step in bar:
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)

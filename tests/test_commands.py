@@ -281,6 +281,13 @@ def test_long_prompt_is_cut_with_a_warning(run, tmp_path):
     assert done.stderr.startswith("warning: prompt cut to 77 tokens") and "hat" in done.stderr
 
 
+def test_training_warns_of_long_prompts_once(call, tmp_path):
+    (tmp_path / "long.txt").write_text("".join("red " * 90 + f"hat {k}\n" for k in range(32)))
+    code, _, stderr = call("train", "--prompts", tmp_path / "long.txt", "--out", tmp_path / "run", "--steps", 2,
+                           "--sample-every", 0)
+    assert code == 0 and stderr.count("prompt cut") == 1 and "others like it are not shown" in stderr
+
+
 def test_out_of_memory_says_what_to_do(capsys):
     with pytest.raises(SystemExit, match="2"):
         command(lambda: torch.empty(2**50))

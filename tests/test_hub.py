@@ -1,5 +1,6 @@
 """Teachers from a hub: a server on 127.0.0.1 that speaks the hub's protocol, and what goes wrong with one."""
 
+import errno
 import hashlib
 import json
 import re
@@ -147,6 +148,14 @@ def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
     assert "\n" not in str(caught.value)
 
 
+def test_full_disk_is_named(hub, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(teacher, "snapshot_download", full)
+    with pytest.raises(BadInput, match="somebody/tiny does not fit on this disk: make room, or set HF_HOME"):
+        load_teacher("somebody/tiny")
+
+
 def test_repository_without_safetensors_is_refused(hub):
     for path in hub.repos["somebody/tiny"].rglob("*.safetensors"):
         path.unlink()
@@ -169,6 +178,11 @@ def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch,
     found = load_teacher("sd21")
     assert found.spec == "sd21" and found.fingerprint == tiny.fingerprint
     assert "sd21 is somebody/tiny" in capsys.readouterr().err
+    hub.fail["/"] = 503                                     # the cache is checked as well
+    monkeypatch.setitem(teacher.HUB, "sd21", (["somebody/tiny"], {"vae": good}))
+    with pytest.raises(BadInput, match="somebody/tiny has another vae/"):
+        load_teacher("sd21")
+    hub.fail.clear()
     monkeypatch.setitem(teacher.HUB, "sd21", (["gone/mirror", "bad/mirror"], {"unet": good}))
     for _ in range(2):                                      # the wrong file was not left in the cache
         with pytest.raises(BadInput, match="gone/mirror does not exist.*bad/mirror has another unet/.* deleted again"):
