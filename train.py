@@ -97,7 +97,8 @@ def parse_args():
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--precision", choices=list(PRECISION),
-                   help="of the networks' passes (default: bf16 on cuda, fp32 elsewhere)")
+                   help="of the networks' passes; the ddpm teachers' epsilon wants fp16 or fp32 "
+                        "(default: bf16 on cuda, fp32 elsewhere)")
     g.add_argument("--grad-checkpointing", action="store_true",
                    help="compute layers twice instead of keeping what they made: memory for time")
     g.add_argument("--save-every", type=int, help=f"steps between checkpoints {either('save_every')}")
