@@ -39,7 +39,7 @@ SMALL = {"steps": 1200, "batch": 32, "lr": 5e-4, "warmup": 50, "ema": 0.99, "sav
 LARGE = {"steps": 50_000, "batch": 64, "lr": 1e-5, "warmup": 500, "ema": 0.9999, "save_every": 500,
          "sample_every": 1000}
 
-INPUT_NOISE = 2.27          # sigma_i / alpha_i where the student's input is read, unless --input-time says otherwise
+INPUT_NOISE = 2.27          # sigma_i / alpha_i where the student of an epsilon teacher reads its input
 BINS = 4                    # the bootstrap loss is logged by quarter of the time
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: f(eps, T) is easily learned, costs as much
 
@@ -81,8 +81,9 @@ def parse_args():
                         "(default: 3 for an embedded teacher, 7.5 for another, 1 for one without an empty condition)")
     g.add_argument("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
     g.add_argument("--input-time", type=int,
-                   help="time at which the student's input is read, 1..T; the paper has T (default: the first whose "
-                        f"noise is {INPUT_NOISE} times the signal, 600 of Stable Diffusion's, 423 of DDPM's)")
+                   help="time at which the student's input is read, 1..T (default: T, as in the paper; of an epsilon "
+                        f"teacher the first whose noise is {INPUT_NOISE} times the signal, 600 of Stable "
+                        "Diffusion's, 423 of DDPM's)")
     g.add_argument("--num-steps", type=int, default=10,
                    help="K: a bootstrap step spans delta = T / K (default: %(default)s)")
     g.add_argument("--solver", choices=["euler", "heun"], default="heun",
@@ -251,7 +252,8 @@ def main():
     teacher = load_teacher(args.teacher, device, dtype)
     schedule = teacher.schedule
     if args.input_time is None:
-        args.input_time = 1 + (schedule.lam(torch.arange(1, schedule.T)) < math.log(INPUT_NOISE)).sum().item()
+        quieter = (schedule.lam(torch.arange(1, schedule.T)) < math.log(INPUT_NOISE)).sum().item()
+        args.input_time = quieter + 1 if schedule.prediction == "epsilon" else schedule.T
     for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
         if not 1 <= value <= schedule.T:
             raise BadInput(f"{name} {value} is not supported: 1 to {schedule.T}")

@@ -333,7 +333,7 @@ def main():
     p.add_argument("--vae-steps", type=int, default=6000)
     p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
-    p.add_argument("--pixel-steps", type=int, default=14_000)
+    p.add_argument("--pixel-steps", type=int, default=22_000)
     p.add_argument("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
