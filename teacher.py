@@ -631,7 +631,7 @@ class Teacher:
             if prompt not in numbers:
                 known = [name for name in self.labels if name]
                 listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-                raise BadInput(f"teacher {self.spec} has no class {prompt!r}: {listed}")
+                raise BadInput(f"teacher {self.spec} has no class {prompt!r}: {listed}, or their numbers")
         return torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)
 
     def call(self, network, x, index, cond, **student):

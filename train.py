@@ -208,10 +208,11 @@ def load_state(path, state):
 
 def check_config(path, config):
     """An earlier run's config.json here must say the same, but for what may change between two stretches."""
-    # the fingerprint stands for the teacher
-    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every", "teacher"}
+    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
     if path.exists():
         old = read_json(path)
+        if old.get("fingerprint") == config["fingerprint"]:
+            free.add("teacher")                             # the same one, in another place
         differ = [f"{k} {old.get(k)} there, {config[k]} here"
                   for k in config if k not in free and old.get(k) != config[k]]
         if differ:
@@ -288,8 +289,8 @@ def main():
         resuming = f", resuming at step {start}" if start < args.steps else f", already at step {start}"
         resuming = resuming if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
-              f"{millions:.1f} M parameters, {len(prompts)} prompts, {args.steps} steps of {args.batch}"
-              f"{resuming}", flush=True)
+              f"{millions:.1f} M parameters, {len(prompts)} prompts, guidance {args.guidance}, "
+              f"input time {args.input_time}, {args.steps} steps of {args.batch}, {micro} at once{resuming}", flush=True)
     if args.dry_run:
         return
     if world > 1:                                           # only the first process need see the checkpoint
@@ -404,7 +405,7 @@ def main():
 
         done = step + 1
         if rank == 0 and (done % 10 == 0 or done == args.steps):
-            bar.set_postfix(loss=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
+            bar.set_postfix(bootstrap=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
             by_time = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist())]
             line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
                     "seconds": round(time.time() - began, 1), "bootstrap_by_time": by_time}

@@ -175,7 +175,7 @@ def test_sample_writes_pictures_that_say_what_they_are(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     image = Image.open(tmp_path / "000005.png")
     assert image.size == (32, 32) and image.text["prompt"] == PROMPT and image.text["seed"] == "5"
-    assert float(image.text["guidance"]) > 1 and image.text["student"] == "tiny"
+    assert float(image.text["guidance"]) > 1 and image.text["student"] == "tiny/student"
 
 
 def pixels(path):

@@ -1,7 +1,9 @@
 """Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
 
-    python -m tools.evaluate --student runs/tiny            5,000 images; the teacher's rows are stored beside it
-    python -m tools.evaluate --student runs/tiny --fresh    measure those again too, about an hour on 2 cores
+    python -m tools.evaluate --student runs/tiny            5,000 images, half a minute
+    python -m tools.evaluate --student runs/tiny --fresh    measure the teacher again too, about an hour on 2 cores
+
+The teacher's rows are measured once for each guidance, seed and number of images, and stored in its folder.
 """
 
 import argparse
