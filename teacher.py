@@ -140,16 +140,15 @@ def read_tensors(paths, device="cpu", dtype=None):
         with open_tensors(path) as file:
             names = [name for name in file.keys() if not name.endswith("position_ids")]         # no weight
             metadata |= file.metadata() or {}
-        while names:                    # opened anew now and then: what was read of it counts as memory used
+        while names:                    # opened anew now and then: what was copied from it counts as memory used
             with open_tensors(path) as file:
-                size = 0
-                while names and size < 2**27:
+                copied = 0
+                while names and copied < 2**27:
                     name = names.pop()
                     tensor = file.get_tensor(name)
-                    size += tensor.nbytes
                     half = dtype in (torch.float16, torch.bfloat16)
-                    kept = torch.float32 if half and name.startswith(FLOAT32) else dtype
-                    tensors[name] = tensor.to(device, kept)
+                    tensors[name] = tensor.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
+                    copied += tensor.nbytes * (tensors[name] is not tensor)
     return tensors, metadata
 
 
