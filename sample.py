@@ -32,9 +32,11 @@ def parse_args():
                    help="w, for a student trained on a range (default: its middle); 1 is no guidance")
     p.add_argument("--compare", type=int, nargs="+", default=[], metavar="STEPS",
                    help="the teacher's DDIM in so many steps, left of the student's picture")
-    p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files; those of the same seeds are replaced (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("samples"),
+                   help="folder for the PNG files; those of the same seeds are replaced (default: %(default)s)")
     p.add_argument("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
-    p.add_argument("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=16,
+                   help="images at once; halve it if you run out of memory (default: %(default)s)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--precision", choices=list(PRECISION), default="fp32", help="(default: %(default)s)")
     return p.parse_args()
@@ -61,7 +63,9 @@ def main():
     prompts = prompts or [""]                               # an unconditional teacher is told nothing
     if teacher.kind == "label":
         teacher.encode(prompts)                             # an unknown one is said before the first picture
-    name = "/".join(args.student.resolve().parts[-2:])      # no more of the path than tells students apart
+    folder = args.student.resolve()
+    folder = folder.parent if folder.name == "student" else folder
+    name = "/".join(folder.parts[-2:])                      # no more of the path than tells students apart
     jobs = [(prompt, args.seed + n * len(prompts) + k)
             for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []

@@ -130,6 +130,11 @@ def open_tensors(path):
         raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def weight_names(file):
+    """The names of an open file's tensors that are weights; position_ids, in old text encoders, are none."""
+    return [name for name in file.keys() if not name.endswith("position_ids")]
+
+
 def read_tensors(paths, device="cpu", dtype=None):
     """({name: tensor}, metadata) of safetensors files, tensor by tensor to device and dtype (but see FLOAT32).
 
@@ -138,7 +143,7 @@ def read_tensors(paths, device="cpu", dtype=None):
     tensors, metadata = {}, {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         with open_tensors(path) as file:
-            names = [name for name in file.keys() if not name.endswith("position_ids")]         # no weight
+            names = weight_names(file)
             metadata |= file.metadata() or {}
         while names:                    # opened anew now and then: what was copied from it counts as memory used
             with open_tensors(path) as file:
@@ -510,7 +515,8 @@ def resolve(spec):
         for repo in repos:
             try:
                 folder = fetch(repo, revision or None)
-                check_weights(repo, folder, {} if revision else sha256)
+                if not revision:
+                    check_weights(repo, folder, sha256)
                 print(f"{name} is {repo}, in {folder}", file=sys.stderr)
                 return folder, spec
             except BadInput as error:
@@ -671,8 +677,7 @@ def fingerprint(paths, schedule):
     some = {}
     for path in paths:
         with open_tensors(path) as file:
-            some |= {modern(name): file.get_tensor(name).flatten()[:8].half()
-                     for name in file.keys() if not name.endswith("position_ids")}
+            some |= {modern(name): file.get_tensor(name).flatten()[:8].half() for name in weight_names(file)}
     for name in sorted(some):
         digest.update(name.encode() + some[name].numpy().tobytes())
     return digest.hexdigest()[:16]

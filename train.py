@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import sys
@@ -232,9 +233,9 @@ def rewind_log(path, step):
 
 
 def warn_once(message, *_):
-    """One warning is enough: a file of prompts may have thousands too long."""
+    """Of warnings that begin alike the first is enough: a file of prompts may have thousands too long."""
     print(f"warning: {message} (others like it are not shown)", file=sys.stderr)
-    warnings.simplefilter("ignore")
+    warnings.filterwarnings("ignore", re.escape(str(message)[:20]))
 
 
 def main():
@@ -290,7 +291,8 @@ def main():
         resuming = resuming if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {precision}: "
               f"{millions:.1f} M parameters, {len(prompts)} prompts, guidance {args.guidance}, "
-              f"input time {args.input_time}, {args.steps} steps of {args.batch}, {micro} at once{resuming}", flush=True)
+              f"input time {args.input_time}, {args.steps} steps of {args.batch}, {micro} at once{resuming}",
+              flush=True)
     if args.dry_run:
         return
     if world > 1:                                           # only the first process need see the checkpoint

@@ -122,6 +122,8 @@ def test_accumulation_and_two_processes_make_the_same_student(trained, run, tmp_
 def test_other_options_are_refused_in_a_used_folder(call, trained):
     code, _, stderr = call("train", *SHORT[1:], "--out", trained[0], "--lr", "1e-5")
     assert code == 2 and "lr 0.0005 there, 1e-05 here" in stderr
+    code, _, stderr = call("train", *SHORT[1:], "--out", trained[0], "--teacher", "tiny-pixel")
+    assert code == 2 and "holds another run (teacher tiny there, tiny-pixel here; " in stderr
 
 
 @pytest.mark.parametrize("options", [
@@ -161,9 +163,12 @@ def test_resumed_log_has_every_step_once(call, tmp_path):
     assert [line["step"] for line in lines] == [10, 20] and lines[0]["seconds"] < lines[1]["seconds"] < 99
 
 
-def test_dry_run_writes_nothing(call, tmp_path):
-    code, stdout, _ = call("train", "--dry-run", "--out", tmp_path / "run")
-    assert code == 0 and "M parameters" in stdout and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("teacher, input_time", [("tiny", 600), ("tiny-pixel", 1000)])
+def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, teacher, input_time):
+    """An epsilon student reads its input where noise is 2.27 times the signal, one of v at T."""
+    code, stdout, _ = call("train", "--dry-run", "--teacher", teacher, "--out", tmp_path / "run")
+    assert code == 0 and f"guidance 3.0, input time {input_time}, 1200 steps of 32, 32 at once" in stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_sample_writes_pictures_that_say_what_they_are(run, tmp_path):
@@ -175,7 +180,7 @@ def test_sample_writes_pictures_that_say_what_they_are(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     image = Image.open(tmp_path / "000005.png")
     assert image.size == (32, 32) and image.text["prompt"] == PROMPT and image.text["seed"] == "5"
-    assert float(image.text["guidance"]) > 1 and image.text["student"] == "tiny/student"
+    assert float(image.text["guidance"]) > 1 and image.text["student"] == f"{ROOT.name}/tiny"
 
 
 def pixels(path):
