@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CHECKPOINTS = ROOT / "tests" / "checkpoints"                # published configs, manifests, tokenizers
 sys.path.insert(0, str(ROOT))
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -40,7 +41,7 @@ def call(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
 
     def call(name, *args):
-        from teacher import command
+        from checkpoint import command
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         try:
             command(importlib.import_module(name).main)

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from checkpoint import TINY, WEIGHTS, BadInput, modern, read_tensors, weight_files
+from conftest import CHECKPOINTS
 from model import VAE, TextEncoder, UNet
-from teacher import (TINY, WEIGHTS, BadInput, load_student, load_teacher, modern, new_student, noise, read_tensors,
-                     save_student, weight_files)
+from student import load_student, new_student, save_student
+from teacher import load_teacher, noise
 from tools.synthesise import synthesise
 
-SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
 PIXEL = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32],
          "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": None, "sample_size": 16,
          "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
@@ -39,23 +40,19 @@ def pixel(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd21-base", "sd21-768-v", "sd15", "ddpm-butterflies-128"])
 def test_networks_have_exactly_the_published_tensors(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"the manifests are not here: {SHARED / name}")
-    for file, part in json.loads((SHARED / name / "manifest.json").read_text()).items():
+    for file, part in json.loads((CHECKPOINTS / name / "manifest.json").read_text()).items():
         folder = file.split("/")[0]
         network = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}[folder]
         with torch.device("meta"):
-            ours = network(json.loads((SHARED / name / folder / "config.json").read_text())).state_dict()
+            ours = network(json.loads((CHECKPOINTS / name / folder / "config.json").read_text())).state_dict()
         theirs = {modern(key): shape for key, (_, shape) in part["tensors"].items() if "position_ids" not in key}
         assert {key: list(p.shape) for key, p in ours.items()} == theirs
 
 
 @pytest.mark.parametrize("name", ["ddpm-cifar10-32", "ddpm-256"])
 def test_published_configs_without_manifest_are_supported(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"the configs are not here: {SHARED / name}")
     with torch.device("meta"):
-        network = UNet(json.loads((SHARED / name / "unet" / "config.json").read_text()))
+        network = UNet(json.loads((CHECKPOINTS / name / "unet" / "config.json").read_text()))
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert round(millions, 1) == {"ddpm-cifar10-32": 35.7, "ddpm-256": 113.7}[name]     # as published
 
@@ -91,14 +88,15 @@ def test_weights_in_the_files_own_precision_are_not_copied(tmp_path):
 
 def test_unconditional_teacher_clips_and_student_starts_as_its_equal(pixel):
     teacher = load_teacher(pixel())
-    assert teacher.kind is None and teacher.shape == (3, 16, 16) and teacher.schedule.clip == 1.0
-    student, eps, cond = new_student(teacher, 400, 1.0), noise([0, 1], teacher.shape), teacher.encode(["", ""])
+    assert teacher.kind is None and teacher.shape == (3, 16, 16) and teacher.clip == 1.0
+    student, eps, condition = new_student(teacher, 400, 1.0), noise([0, 1], teacher.shape), teacher.encode(["", ""])
+    assert condition == {}
     assert student.network.config["class_embed_type"] == "timestep"         # diffusers opens it as it is
-    f = teacher.denoise(eps, 1000, cond)
+    f = teacher.denoise(eps, 1000)
     assert f.abs().max() == 1                               # 157 times a rounding error, clipped
     with torch.no_grad():
         x = teacher.schedule.sigma(400).float() * eps
-        assert torch.equal(student(eps, 7, cond).clamp(-1, 1), teacher.denoise(x, 400, cond))
+        assert torch.equal(student(eps, 7).clamp(-1, 1), teacher.denoise(x, 400))
     with pytest.raises(BadInput, match="no empty condition to lead away from: --guidance 1"):
         new_student(teacher, 400, 3.0)
 
@@ -107,20 +105,22 @@ def test_class_conditional_teacher_takes_names_and_numbers(pixel):
     folder = pixel(num_class_embeds=3, resnet_time_scale_shift="scale_shift")
     (folder / "model_index.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog", "2": ""}}))
     teacher = load_teacher(folder)
-    assert teacher.kind == "label" and teacher.encode(["dog", "0", ""]).tolist() == [1, 0, 2]
+    assert teacher.kind == "label" and teacher.encode(["dog", "0", ""])["label"].tolist() == [1, 0, 2]
     with pytest.raises(BadInput, match="has no class 'cow': cat, dog"):
         teacher.encode(["cow"])
-    eps, cond = noise([0, 1], teacher.shape), teacher.encode(["cat", "dog"])
-    f, f_empty = teacher.denoise(eps, 20, cond), teacher.denoise(eps, 20, teacher.uncond.expand_as(cond))
-    assert not torch.equal(f[0], teacher.denoise(eps, 20, cond.flip(0))[0])
+    eps, pets = noise([0, 1], teacher.shape), teacher.encode(["cat", "dog"])
+    swapped, empty = ({"label": torch.tensor(label)} for label in ([1, 0], [2, 2]))
+    assert teacher.uncond["label"].tolist() == [2]
+    f = teacher.denoise(eps, 20, **pets)
+    assert not torch.equal(f[0], teacher.denoise(eps, 20, **swapped)[0])
     assert f.abs().max() <= 1
-    teacher.schedule.clip = None
-    f, f_empty = teacher.denoise(eps, 20, cond), teacher.denoise(eps, 20, teacher.uncond.expand_as(cond))
-    assert torch.allclose(teacher.denoise(eps, 20, cond, 1.5), f_empty + 1.5 * (f - f_empty), rtol=1e-4, atol=1e-4)
+    teacher.clip = None
+    f, f_empty = teacher.denoise(eps, 20, **pets), teacher.denoise(eps, 20, **empty)
+    assert torch.allclose(teacher.denoise(eps, 20, 1.5, **pets), f_empty + 1.5 * (f - f_empty), rtol=1e-4, atol=1e-4)
     student = new_student(teacher, 400, [1.0, 2.0])
     with torch.no_grad():
         x = teacher.schedule.sigma(400).float() * eps
-        assert torch.equal(student(eps, 0, cond, 1.5), teacher.denoise(x, 400, cond))
+        assert torch.equal(student(eps, 0, 1.5, **pets), teacher.denoise(x, 400, **pets))
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -155,7 +155,7 @@ def test_unconditional_teacher_on_trained_weights(call, tmp_path):
     teacher, whole = load_teacher(folder), load_teacher("tiny-pixel")
     eps = noise([0, 1], teacher.shape)
     for t in (1000, 500, 20):
-        f, f_class = teacher.denoise(eps, t, teacher.encode(["", ""])), whole.denoise(eps, t, whole.encode(["", ""]))
+        f, f_class = teacher.denoise(eps, t), whole.denoise(eps, t, **whole.encode(["", ""]))
         assert teacher.kind is None and torch.allclose(f, f_class, atol=1e-4)
     code, _, error = call("train", "--teacher", folder, "--out", tmp_path / "run", "--steps", 2, "--batch", 4,
                           "--sample-every", 0)

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpoint import TINY, WEIGHTS, command
 from conftest import ROOT
-from teacher import TINY, WEIGHTS, command
-from train import compose_prompts, learning_rate
+from teacher import compose_prompts
+from train import learning_rate
 
 SHORT = ["train.py", "--batch", 8, "--steps", 6, "--save-every", 2, "--sample-every", 0, "--warmup", 2]
 PROMPT = "a red ankle boot on a yellow background"
@@ -198,9 +199,9 @@ def test_image_depends_on_its_seed_alone(call, tmp_path):
 def test_compare_puts_the_teacher_left_of_the_student(call, tmp_path):
     call("sample", "--prompt", PROMPT, "--out", tmp_path / "alone")
     assert call("sample", "--prompt", PROMPT, "--compare", 1, 4, "--out", tmp_path)[0] == 0
-    sheet, alone = pixels(tmp_path / "000000.png"), pixels(tmp_path / "alone" / "000000.png")
-    assert sheet.shape == (32, 96, 3)
-    assert (sheet[:, 64:] == alone).all() and not (sheet[:, :32] == alone).all()
+    grid, alone = pixels(tmp_path / "000000.png"), pixels(tmp_path / "alone" / "000000.png")
+    assert grid.shape == (32, 96, 3)
+    assert (grid[:, 64:] == alone).all() and not (grid[:, :32] == alone).all()
 
 
 def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tmp_path):

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from teacher import TINY, load_student, load_teacher, new_student
+from checkpoint import TINY
+from student import load_student, new_student
+from teacher import load_teacher
 from tools.evaluate import STEPS, Evaluation, combinations, precision_recall, teacher_rows
 from tools.judge import frechet, prompt
 
@@ -58,7 +60,8 @@ def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
 
 def alignment(evaluation, sampler, images):
     with torch.no_grad():
-        pictures = evaluation.teacher.decode(sampler(*evaluation.inputs(slice(0, images))))
+        eps, condition = evaluation.inputs(slice(0, images))
+        pictures = evaluation.teacher.decode(sampler(eps, **condition))
         answers = [a.argmax(1) for a in evaluation.judge.answers(evaluation.judge(pictures))]
     labels = evaluation.labels[:images]
     return (torch.stack(answers, 1)[:, :labels.shape[1]] == labels).all(1).float().mean().item()
@@ -74,7 +77,7 @@ def test_teacher_and_shipped_student_paint_what_they_are_told():
     evaluation = Evaluation(student, 200, student.guidance, seed=1)
     teacher = alignment(evaluation, evaluation.ddim(25), 200)
     assert teacher > 0.88
-    assert alignment(evaluation, evaluation.one_step, 200) > 0.85 * teacher
+    assert alignment(evaluation, evaluation.one_step(), 200) > 0.85 * teacher
 
 
 def test_stored_rows_are_this_teachers_and_meet_the_promise():

@@ -13,9 +13,10 @@ from urllib.parse import unquote, urlparse
 import huggingface_hub.constants as constants
 import pytest
 
-import teacher
+import checkpoint
+from checkpoint import TINY, WEIGHTS, BadInput
 from conftest import HUB_PORT
-from teacher import TINY, WEIGHTS, BadInput, load_teacher
+from teacher import load_teacher
 
 COMMIT = "c" * 40
 
@@ -151,7 +152,7 @@ def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
 def test_full_disk_is_named(hub, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(teacher, "snapshot_download", full)
+    monkeypatch.setattr(checkpoint, "snapshot_download", full)
     with pytest.raises(BadInput, match="somebody/tiny does not fit on this disk: make room, or set HF_HOME"):
         load_teacher("somebody/tiny")
 
@@ -167,6 +168,11 @@ def test_repository_without_safetensors_is_refused(hub):
         load_teacher("somebody/tiny")
 
 
+def named(*repositories, **sha256):
+    """An entry of hub.json."""
+    return {"repositories": list(repositories), "sha256": sha256}
+
+
 def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch, capsys):
     """The first mirror is gone, the second has other weights than published, the third is right."""
     good = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
@@ -174,16 +180,16 @@ def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch,
     with open(wrong / "unet" / WEIGHTS, "r+b") as file:
         file.seek(-1, 2), file.write(b"!")
     hub.repos["bad/mirror"] = wrong
-    monkeypatch.setitem(teacher.HUB, "sd21", (["gone/mirror", "bad/mirror", "somebody/tiny"], {"unet": good}))
+    monkeypatch.setitem(checkpoint.HUB, "sd21", named("gone/mirror", "bad/mirror", "somebody/tiny", unet=good))
     found = load_teacher("sd21")
     assert found.spec == "sd21" and found.fingerprint == tiny.fingerprint
     assert "sd21 is somebody/tiny" in capsys.readouterr().err
     hub.fail["/"] = 503                                     # the cache is checked as well
-    monkeypatch.setitem(teacher.HUB, "sd21", (["somebody/tiny"], {"vae": good}))
+    monkeypatch.setitem(checkpoint.HUB, "sd21", named("somebody/tiny", vae=good))
     with pytest.raises(BadInput, match="somebody/tiny has another vae/"):
         load_teacher("sd21")
     hub.fail.clear()
-    monkeypatch.setitem(teacher.HUB, "sd21", (["gone/mirror", "bad/mirror"], {"unet": good}))
+    monkeypatch.setitem(checkpoint.HUB, "sd21", named("gone/mirror", "bad/mirror", unet=good))
     for _ in range(2):                                      # the wrong file was not left in the cache
         with pytest.raises(BadInput, match="gone/mirror does not exist.*bad/mirror has another unet/.* deleted again"):
             load_teacher("sd21")

@@ -1,21 +1,20 @@
 """The networks against the reference libraries: embedded checkpoints, small random configs of every kind."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoint import TINY
+from conftest import CHECKPOINTS
 from model import VAE, TextEncoder, UNet
-from signal_ode import solve
-from teacher import TINY, load_teacher, noise
+from teacher import load_teacher, noise
 
 diffusers = pytest.importorskip("diffusers", reason="the reference library diffusers is not installed")
 transformers = pytest.importorskip(
     "transformers", reason="the reference library transformers is not installed")
 
-SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
 SMALL = {"in_channels": 4, "out_channels": 4, "block_out_channels": [32, 64], "layers_per_block": 1,
          "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4, "sample_size": 8,
          "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -91,10 +90,7 @@ def test_pixel_unet_equals_diffusers(change, size):
 @pytest.mark.parametrize("name", ["sd21-base", "sd21-768-v", "sd15", "ddpm-cifar10-32", "ddpm-256",
                                   "ddpm-butterflies-128"])
 def test_published_configs_an_eighth_as_wide_equal_diffusers(name):
-    path = SHARED / name / "unet" / "config.json"
-    if not path.exists():
-        pytest.skip(f"the configs are not here: {path}")
-    config = json.loads(path.read_text())
+    config = json.loads((CHECKPOINTS / name / "unet" / "config.json").read_text())
     config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8}
     text = torch.randn(2, 77, 32) if "cross_attention_dim" in config else None
     if text is not None:
@@ -188,9 +184,7 @@ def test_embedded_teacher_opens_in_diffusers_and_paints_our_picture(tiny):
     eps = noise([0, 1], tiny.shape)
     theirs = pipe(prompts, latents=eps.clone(), guidance_scale=3.0, num_inference_steps=10,
                   output_type="pt").images * 2 - 1
-    cond = tiny.encode(prompts)
-    denoise = lambda x, t: tiny.denoise(x, t, cond, 3.0)
-    ours = tiny.decode(solve(denoise, eps, tiny.schedule.grid(10), tiny.schedule, space="x")[-1])
+    ours = tiny.decode(tiny.solve(eps, tiny.schedule.grid(10), w=3.0, **tiny.encode(prompts)))
     assert (ours - theirs).abs().max() < 1e-3
 
 
@@ -201,13 +195,12 @@ def test_embedded_pixel_teacher_paints_the_picture_of_diffusers():
     unet = diffusers.UNet2DModel.from_pretrained(teacher.unet_folder).float()
     scheduler = diffusers.DDIMScheduler.from_pretrained(teacher.folder / "scheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(10)
-    eps, cond = noise([0, 1], teacher.shape), teacher.encode(["bag", "dress"])
-    x, labels = eps, torch.cat([cond, teacher.uncond.expand(2)])
+    eps, condition = noise([0, 1], teacher.shape), teacher.encode(["bag", "dress"])
+    x, labels = eps, torch.cat([condition["label"], teacher.uncond["label"].expand(2)])
     for t in scheduler.timesteps:
         out, uncond = unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
         x = scheduler.step(uncond + 2 * (out - uncond), t, x, use_clipped_model_output=True).prev_sample
-    denoise = lambda x, t: teacher.denoise(x, t, cond, 2.0)
-    assert (solve(denoise, eps, teacher.schedule.grid(10), teacher.schedule, space="x")[-1] - x).abs().max() < 1e-3
+    assert (teacher.solve(eps, teacher.schedule.grid(10), w=2.0, **condition) - x).abs().max() < 1e-3
 
 
 def test_shipped_student_opens_in_diffusers():

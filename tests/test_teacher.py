@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import UNet
+from checkpoint import TINY, WEIGHTS, BadInput, write_file
 from signal_ode import bootstrap_target
-from teacher import (TINY, WEIGHTS, BadInput, load_student, load_teacher, new_student, noise, save_student,
-                     write_file)
+from student import load_student, new_student, save_student
+from teacher import load_teacher, noise
 
 PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
 
@@ -27,58 +27,61 @@ def copy(tmp_path):
 
 def test_teacher_is_frozen_float32_and_deterministic(tiny):
     assert tiny.shape == (4, 8, 8) and not any(p.requires_grad for p in tiny.unet.parameters())
-    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    eps, condition = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
     t, w = torch.tensor([1000, 1000]), torch.tensor([3.0, 3.0])
-    assert torch.equal(tiny.denoise(eps, 1000, cond, 3.0), tiny.denoise(eps, t, cond, w))
+    assert torch.equal(tiny.denoise(eps, 1000, 3.0, **condition), tiny.denoise(eps, t, w, **condition))
     assert tiny.decode(eps).shape == (2, 3, 32, 32)
 
 
 def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):
-    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
-    one, zero = tiny.denoise(eps, 700, cond), tiny.denoise(eps, 700, tiny.uncond.expand_as(cond))
-    assert torch.allclose(tiny.denoise(eps, 700, cond, 4.0), zero + 4 * (one - zero), atol=1e-4)
+    eps, condition = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    one, zero = tiny.denoise(eps, 700, **condition), tiny.denoise(eps, 700, **tiny.encode(["", ""]))
+    assert torch.allclose(tiny.denoise(eps, 700, 4.0, **condition), zero + 4 * (one - zero), atol=1e-4)
     w = torch.tensor([1.0, 4.0])
-    assert torch.allclose(tiny.denoise(eps, 700, cond, w)[0], one[0], atol=1e-5)
+    assert torch.allclose(tiny.denoise(eps, 700, w, **condition)[0], one[0], atol=1e-5)
 
 
 def test_negative_prompt_replaces_the_empty_one(tiny):
-    eps, cond = noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
-    f = tiny.denoise(eps, 700, cond, 4.0, uncond=tiny.encode(PROMPTS[:1]))
-    assert torch.allclose(f[0], tiny.denoise(eps, 700, cond)[0], atol=1e-4)
+    teacher, eps, condition = load_teacher("tiny"), noise([0, 1], tiny.shape), tiny.encode(PROMPTS)
+    teacher.set_negative_prompt(PROMPTS[0])
+    f = teacher.denoise(eps, 700, 4.0, **condition)
+    assert torch.allclose(f[0], tiny.denoise(eps, 700, **condition)[0], atol=1e-4)
+    teacher.set_negative_prompt("")
+    assert torch.equal(teacher.denoise(eps, 700, 4.0, **condition), tiny.denoise(eps, 700, 4.0, **condition))
 
 
 @pytest.mark.parametrize("guidance", [3.0, [1.0, 8.0]])
 @pytest.mark.parametrize("i", [1, 400, 1000])
 def test_student_equals_teacher_before_training(tiny, i, guidance):
-    student, cond = new_student(tiny, i, guidance), tiny.encode(PROMPTS)
+    student, condition = new_student(tiny, i, guidance), tiny.encode(PROMPTS)
     eps = noise([0, 1], tiny.shape)
     with torch.no_grad():
-        expected = tiny.denoise(tiny.schedule.sigma(i).float() * eps, i, cond)
+        expected = tiny.denoise(tiny.schedule.sigma(i).float() * eps, i, **condition)
         for t in (0, 1, 137, 1000, torch.tensor([3, 999])):
             for w in (1.0, 2.5, 8.0):
-                assert torch.equal(student(eps, t, cond, w), expected)
+                assert torch.equal(student(eps, t, w, **condition), expected)
 
 
 def test_new_embeddings_learn(tiny):
     """The zero layers get a gradient, so that the student can leave its teacher."""
-    student, cond = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS)
+    student, condition = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS)
     student.network.requires_grad_(True)
     t, w = torch.tensor([0, 500]), torch.tensor([1.0, 5.0])
-    student(noise([0, 1], tiny.shape), t, cond, w).square().sum().backward()
+    student(noise([0, 1], tiny.shape), t, w, **condition).square().sum().backward()
     network = student.network
     for p in (network.class_embedding.linear_2.weight, network.time_embedding.cond_proj.weight):
         assert p.grad.abs().max() > 0
 
 
 def test_saved_student_is_the_same_student(tiny, tmp_path):
-    student, cond, eps = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
+    student, condition, eps = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
     for p in student.network.parameters():
         p.data += 0.01 * torch.randn_like(p)
     save_student(tmp_path / "student", student)
     loaded = load_student(tmp_path)
     assert loaded.input_time == 400 and loaded.guidance == [1.0, 8.0]
     with torch.no_grad():
-        assert torch.equal(loaded(eps, 0, cond, 3.0), student(eps, 0, cond, 3.0))
+        assert torch.equal(loaded(eps, 0, 3.0, **condition), student(eps, 0, 3.0, **condition))
 
 
 @pytest.mark.parametrize("path, name", [
@@ -99,8 +102,8 @@ def test_latents_are_never_clipped(tiny, copy):
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
     clipping = load_teacher(copy)
-    eps, cond = noise([0], tiny.shape), tiny.encode(PROMPTS[:1])
-    assert torch.equal(clipping.denoise(eps, 900, cond, 3.0), tiny.denoise(eps, 900, cond, 3.0))
+    eps, condition = noise([0], tiny.shape), tiny.encode(PROMPTS[:1])
+    assert torch.equal(clipping.denoise(eps, 900, 3.0, **condition), tiny.denoise(eps, 900, 3.0, **condition))
     assert clipping.fingerprint == tiny.fingerprint
 
 
@@ -192,16 +195,16 @@ def test_rounded_networks_stay_within_their_bound(name, prompts):
         teacher, wide = load_teacher(name, dtype=dtype), torch.float64 if dtype == torch.float64 else torch.float32
         assert teacher.unet.conv_in.weight.dtype == dtype
         assert torch.equal(teacher.unet.conv_out.weight, whole.conv_out.weight.to(wide))    # never rounded
-        eps, cond = noise(range(len(prompts)), teacher.shape).to(wide), teacher.encode(prompts)
+        eps, condition = noise(range(len(prompts)), teacher.shape).to(wide), teacher.encode(prompts)
+        condition["w"] = torch.full((len(eps),), 3.0)
         student, found = new_student(teacher, 600, 3.0), []
         student.network.to(wide)
-        denoise = lambda x_t, t: teacher.denoise(x_t, t, cond, 3.0)
         for t in (1000, 500, 40):
-            found.append(denoise(eps, t))
+            found.append(teacher.denoise(eps, t, **condition))
             with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
                 times = torch.full((len(eps),), t)
-                found.append(bootstrap_target(
-                    lambda e, t: student(e, t, cond), denoise, eps, times, times - 40, teacher.schedule, "heun"))
+                found.append(bootstrap_target(student, teacher.denoise, eps, times, times - 40, teacher.schedule, "heun",
+                                              **condition))
         assert all(f.dtype == wide for f in found)
         return found
 
@@ -229,8 +232,8 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_five_files_import_no_reference_library():
-    code = ("import sys, signal_ode, model, teacher, train, sample; "
+def test_the_product_imports_no_reference_library():
+    code = ("import sys, train, sample; "
             "print({'diffusers', 'transformers', 'regex', 'ftfy'} & {m.split('.')[0] for m in sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parent, capture_output=True, text=True)
     assert done.stdout == "set()\n"

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import STEM, TINY, BadInput, command, load_module, read_json
 from model import VAE, TextEncoder, UNet
-from teacher import PRECISION, STEM, TINY, BadInput, command, load_module, pick_device, read_json
+from teacher import PRECISION, pick_device
 
 # part -> our class, the stem of its weights' file, the library that has the reference
 PARTS = {"unet": (UNet, STEM, "diffusers"), "vae": (VAE, STEM, "diffusers"),

@@ -7,6 +7,7 @@ The teacher's rows are measured once for each guidance, seed and number of image
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -19,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from teacher import (TINY, BadInput, command, load_student, noise, pick_device, read_json, read_tensors,
-                     sheet, to_pil, write_file, write_json)
+from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
+from student import load_student
+from teacher import image_grid, noise, pick_device, to_pil
 from tools.judge import frechet, load_judge, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
@@ -60,7 +62,7 @@ def combinations(config, num, seed):
 
 
 class Evaluation:
-    """One set of prompts and noises, on which any sampler is measured: a callable (eps, cond) -> latents."""
+    """One set of prompts and noises, on which any sampler is measured: a callable (eps, **condition) -> latents."""
 
     def __init__(self, student, images, w, seed, batch=250):
         self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
@@ -80,26 +82,27 @@ class Evaluation:
                                     for c in self.combinations])
 
     def inputs(self, part):
-        """eps and text embeddings of a slice of the images."""
+        """eps and condition of a slice of the images."""
         eps = noise(self.seeds[part], self.teacher.shape).to(self.teacher.device)
         return eps, self.teacher.encode([c[0] if len(c) == 1 else prompt(*c) for c in self.combinations[part]])
 
     def ddim(self, steps):
         """The guided teacher in that many DDIM steps, as a sampler."""
-        return lambda eps, cond: self.student.solve(eps, cond, self.teacher.schedule.grid(steps), self.w)
+        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps), w=self.w)
 
-    def one_step(self, eps, cond):
+    def one_step(self):
         """The student, as a sampler."""
-        return self.student(eps, 0, cond, self.w)
+        return functools.partial(self.student, t=0, w=self.w)
 
-    def solution(self, eps, cond):
+    def solution(self):
         """The student's aim, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
-        return self.student.solve(eps, cond, self.teacher.schedule.grid(50), self.w, "heun", "y")
+        return functools.partial(self.ddim(50), solver="heun", space="y")
 
     @torch.no_grad()
     def sample(self, sampler, num, name):
         parts = [slice(k, min(k + self.batch, num)) for k in range(0, num, self.batch)]
-        return torch.cat([sampler(*self.inputs(part)) for part in tqdm(parts, name, leave=False)])
+        inputs = (self.inputs(part) for part in tqdm(parts, name, leave=False))
+        return torch.cat([sampler(eps, **condition) for eps, condition in inputs])
 
     @torch.no_grad()
     def measure(self, sampler, name, solution):
@@ -122,12 +125,12 @@ class Evaluation:
 
     @torch.no_grad()
     def seconds(self, function):
-        """Seconds an image of a function of (eps, cond), on this machine: the median of three batches."""
-        eps, cond = self.inputs(slice(0, self.batch))
+        """Seconds an image of a function of (eps, **condition), on this machine: the median of three batches."""
+        eps, condition = self.inputs(slice(0, self.batch))
         times = []
         for _ in range(4):                                                  # the first is not counted
             began = time.perf_counter()
-            function(eps, cond).sum().item()                                # .item() waits for a GPU
+            function(eps, **condition).sum().item()                                # .item() waits for a GPU
             times.append(time.perf_counter() - began)
         return sorted(times[1:])[1] / len(eps)
 
@@ -139,7 +142,7 @@ def teacher_rows(evaluation, fresh):
                  judge_folder(evaluation.teacher)):
         for path in sorted(p for p in part.glob("*") if p.is_file()):
             digest.update(path.read_bytes())
-    settings = [evaluation.w, evaluation.student.negative_prompt, evaluation.seeds[0], len(evaluation.seeds),
+    settings = [evaluation.w, evaluation.teacher.negative_prompt, evaluation.seeds[0], len(evaluation.seeds),
                 STEPS, EXACT // math.prod(evaluation.teacher.shape)]
     digest.update(json.dumps(settings).encode())
     path = folder / "evaluation" / digest.hexdigest()[:16]
@@ -150,7 +153,7 @@ def teacher_rows(evaluation, fresh):
         print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
               f"and storing it in {path.parent}", flush=True)
     if not stored:
-        solution = evaluation.sample(evaluation.solution, evaluation.num_exact, "Signal-ODE solution")
+        solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution")
         write_file(solution_file, lambda p: save_file({"solution": solution.half().cpu()}, p))
     solution = read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
     for k in STEPS[len(rows):]:                 # each is stored at once: an interrupted measurement goes on
@@ -195,9 +198,9 @@ def main():
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     evaluation = Evaluation(student, args.images, w, args.seed)
     rows, solution = teacher_rows(evaluation, args.fresh)
-    measured = evaluation.measure(evaluation.one_step, "student", solution)
+    measured = evaluation.measure(evaluation.one_step(), "student", solution)
     rows.append({"sampler": "student", "steps": 1, "nfe": 1} | measured)
-    timed = (evaluation.ddim(1), evaluation.one_step, lambda eps, cond: teacher.decode(eps))
+    timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
     step, one, decode = map(evaluation.seconds, timed)
     for row in rows:
         row["images_per_s"] = 1 / (decode + (one if row["sampler"] == "student" else row["steps"] * step))
@@ -213,11 +216,11 @@ def main():
     out = args.json or folder / "evaluation.json"
     write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
                      "guidance": w, "judge": accuracy, "rows": rows})
-    samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step]
+    samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step()]
     with torch.no_grad():
-        latents = [sampler(*evaluation.inputs(slice(0, 10))) for sampler in samplers]
-        whole = sheet([to_pil(teacher.decode(z)) for z in latents], 96)
-    write_file(out.with_suffix(".png"), lambda path: whole.save(path, "PNG"))
+        eps, condition = evaluation.inputs(slice(0, 10))
+        grid = image_grid([to_pil(teacher.decode(sampler(eps, **condition))) for sampler in samplers], 96)
+    write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

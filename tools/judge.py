@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from teacher import build, read_json, read_tensors
+from checkpoint import build, read_json, read_tensors
 
 
 class Judge(nn.Module):

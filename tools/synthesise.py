@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
 from model import UNet
-from teacher import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 

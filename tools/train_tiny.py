@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from checkpoint import TINY, WEIGHTS, BadInput, command, load_module, write_file, write_json
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, like, noisy
-from teacher import (TINY, VISIBLE, WEIGHTS, BadInput, Tokenizer, command, load_module, load_student,
-                     pick_device, save_student, write_file, write_json)
+from student import load_student, save_student
+from teacher import pick_device
+from tokenizer import VISIBLE, Tokenizer
 from tools.judge import Judge, article, load_judge, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
@@ -282,7 +284,7 @@ def train_unet(args, train):
         t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(args.device)
         eps = torch.randn(x_0.shape, generator=rng).to(args.device)
         text = text_encoder(tokenizer(captions(labels, rng)).to(args.device))
-        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), t - 1, text), eps)
+        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), text), eps)
 
     fit("unet", [unet, text_encoder], loss, args, args.unet_steps, 1e-3, 64)
     save(args.out / "unet", unet, UNET_CONFIG)
@@ -305,7 +307,7 @@ def train_pixel(args, train):
         t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(args.device)        # texture is most of the work
         eps, x_0 = torch.randn(x_0.shape, generator=rng).to(args.device), x_0.to(args.device)
         v = like(schedule.alpha(t), eps) * eps - like(schedule.sigma(t), x_0) * x_0
-        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), t - 1, label=label), v)
+        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), label=label), v)
 
     fit("pixel", [unet], loss, args, args.pixel_steps, 1e-3, 32)
     save(args.out / "pixel" / "unet", unet, PIXEL_CONFIG)

@@ -1,0 +1,303 @@
+"""Files in and out: errors that a person can mend, JSON, atomic writes, strict loading of safetensors, the hub.
+
+    folder, spec = resolve("sd21")                          # a name, a hub id or a folder -> a local folder
+    unet = load_module(UNet, folder / "unet", "cuda", torch.bfloat16)
+    write_json("runs/mine/config.json", {"lr": 1e-5})       # a crash at any moment leaves the old file whole
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError, safe_open
+
+TINY = Path(__file__).resolve().parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-pixel": TINY / "pixel"}     # the teachers that come with this code
+STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
+WEIGHTS = f"{STEM}.safetensors"
+FLOAT32 = ("conv_norm_out.", "conv_out.")                   # the U-Net's last layers, see signal_ode.clean_prediction
+
+class BadInput(ValueError):
+    """What the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
+
+def command(main):
+    """Run the main() of a command: a BadInput is one line and exit code 2, a warning is one line."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:                           # a GPU has a class for it, a CPU only a message
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).split(". ")[0]
+        print(f"error: out of memory, give half the --micro-batch, or --batch ({reason})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+def read_json(path, kind=dict):
+    """The value in a JSON file, which must be of this kind. Raises BadInput."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+def write_file(path, write):
+    """Call write(temporary path), flush to disk, rename: a crash at any moment leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)                              # safetensors would let nobody but the owner read it
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)               # a full disk gets its space back
+        raise BadInput(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+def write_json(path, value):
+    """Write a value as JSON, atomically. Raises BadInput."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+@contextlib.contextmanager
+def open_tensors(path):
+    """safetensors' safe_open. What is wrong with the file is a BadInput."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+
+def weight_names(file):
+    """The names of an open file's tensors, but for position_ids: old text encoders store them, who are no weights."""
+    return [name for name in file.keys() if not name.endswith("position_ids")]
+
+def read_tensors(paths, device="cpu", dtype=None):
+    """({name: tensor}, metadata) of one safetensors file or several, on the device, in dtype (None: as stored).
+    With a dtype of half precision, the layers named in FLOAT32 are in float32 all the same. On the CPU, in the file's
+    own dtype, a tensor is a view of the memory-mapped file, which costs no memory until it is read."""
+    tensors, metadata = {}, {}
+    half = dtype in (torch.float16, torch.bfloat16)
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        with open_tensors(path) as file:
+            names = weight_names(file)
+            metadata |= file.metadata() or {}
+        while names:
+            with open_tensors(path) as file:    # anew after 128 MB of copies: what was read of a file takes memory, too
+                copied = 0
+                while names and copied < 2**27:
+                    name = names.pop()
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
+                    copied += 0 if tensors[name] is tensor else tensor.nbytes
+    return tensors, metadata
+
+# The attention layers' names before diffusers 0.12, and today's
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+def modern(name):
+    """The name that a published parameter has in our networks: today's."""
+    if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name):
+        return f"text_model.{name}"                         # transformers 5 leaves the first part out
+    if ".attentions." not in name:
+        return name
+    module, layer, kind = name.rsplit(".", 2)
+    return f"{module}.{OLD_NAMES.get(layer, layer)}.{kind}"
+
+def blank(network, config, where):
+    """network(config) on the meta device, without weights. Raises BadInput naming the config's key; where begins it."""
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except KeyError as error:
+        raise BadInput(f"{where}: the config has no {error}") from None
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise BadInput(f"{where}: {error}") from None
+
+def build(network, config, tensors, where):
+    """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
+    config's key, or the missing, unexpected or mis-shaped tensors; where begins it."""
+    module = blank(network, config, where)
+    tensors = {modern(name): tensor for name, tensor in tensors.items()}
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = [f"missing {n}" for n in expected if n not in shapes]
+    wrong += [f"unexpected {n}" for n in shapes if n not in expected]
+    wrong += [f"{n} is {shapes[n]}, not {expected[n]}" for n in expected if shapes.get(n, expected[n]) != expected[n]]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise BadInput(f"{where} does not hold the weights its config describes: {'; '.join(wrong[:8])}{more}")
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+def choose_weights(names, stem):
+    """Which of the file names hold the weights called stem: the whole file, its shards, or those in fp16."""
+    for variant in ("", ".fp16"):
+        whole = rf"{re.escape(stem + variant)}\.safetensors"
+        shard = rf"{re.escape(stem)}(?:{re.escape(variant)})?-\d+-of-\d+(?:{re.escape(variant)})?\.safetensors"
+        for pattern in (whole, shard):
+            if found := sorted(name for name in names if re.fullmatch(pattern, name)):
+                return found
+    return []
+
+def weight_files(folder, stem=STEM):
+    """The safetensors files of a folder that hold its weights, one or several shards. Raises BadInput."""
+    names = [path.name for path in folder.glob("*")]
+    if chosen := choose_weights(names, stem):
+        return [folder / name for name in chosen]
+    pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
+    raise BadInput(f"{folder / stem}.safetensors is missing{refused}")
+
+def load_module(network, folder, device, dtype, stem=STEM):
+    """A network, frozen, from its folder of config.json and weights. Raises BadInput."""
+    config, files = read_json(folder / "config.json"), weight_files(folder, stem)
+    return build(network, config, read_tensors(files, device, dtype)[0], files[0])
+
+# ------------------------------------------------------------------------------------------------------- the hub
+
+# name -> its repositories, tried in order (Stability removed its own), and the sha256 of its parts' weights
+HUB = read_json(Path(__file__).parent / "hub.json")
+
+def is_embedded(spec):
+    """Whether spec, a name or a folder, is a teacher that comes with this code."""
+    return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
+
+def resolve(spec):
+    """(folder, spec) of a name, hub id or folder; a name or an id may end in @REVISION. The spec returned means the
+    same from any working directory. Raises BadInput, one sentence."""
+    spec = str(spec)
+    if spec in EMBEDDED:
+        return EMBEDDED[spec], spec
+    if spec.partition("@")[0] in HUB:
+        return fetch_named(spec), spec
+    if Path(spec).is_dir():
+        return Path(spec), str(Path(spec).resolve())
+    if folder := fetch_id(spec):
+        return folder, spec
+    raise BadInput(f"{spec!r} is neither a name ({', '.join([*EMBEDDED, *HUB])}), nor a folder, nor a hub id")
+
+def fetch_named(spec):
+    """The folder of one of HUB's names, from the first of its repositories that has it as published."""
+    name, _, revision = spec.partition("@")
+    failures = []
+    for repo in HUB[name]["repositories"]:
+        try:
+            folder = fetch(repo, revision or None)
+            if not revision:                                # another revision has other weights
+                check_weights(repo, folder, HUB[name]["sha256"])
+            print(f"{name} is {repo}, in {folder}", file=sys.stderr)
+            return folder
+        except BadInput as error:
+            failures.append(str(error))
+    raise BadInput("; ".join(failures))
+
+def fetch_id(spec):
+    """The folder of OWNER/NAME or OWNER/NAME@REVISION, fetched from the hub; None where spec is no such thing."""
+    name, _, revision = str(spec).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return None
+    try:
+        return fetch(name, revision or None)
+    except BadInput as error:
+        raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
+
+def fetch(repo, revision=None):
+    """The local folder of a hub repository, from the cache or downloaded: only the files needed, never a pickle.
+    Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Raises BadInput."""
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+    except Exception as error:                              # no network, or none wanted: then the cache may have it
+        with contextlib.suppress(Exception):                # the client raises whatever its HTTP library does
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            if any(folder.rglob("*.safetensors")):          # not what an interrupted download left
+                return folder
+        raise BadInput(f"{repo} {explain(error)}") from None
+    names = [file.rfilename for file in info.siblings]
+    files = needed(names)
+    if not any(name.endswith(".safetensors") for name in files):
+        if any(name.endswith(f"{STEM}.bin") for name in names):
+            convert = ("from diffusers import DiffusionPipeline as P; "
+                       f"P.from_pretrained('{repo}').save_pretrained('DIR')")
+            raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
+                           f'`python -c "{convert}"`, then --teacher DIR')
+        raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:
+        raise BadInput(f"{repo} {explain(error)}") from None
+
+def needed(names):
+    """Which of a repository's files a teacher or a student is made of."""
+    parts = ("", "unet/", "vae/", "scheduler/", "tokenizer/", "text_encoder/", "student/")
+    small = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "vocab.json",
+             "special_tokens_map.json", "merges.txt", "student.json", "prompts.txt")
+    files = [part + name for part in parts for name in small if part + name in names]
+    for part in parts:                          # not a whole pipeline in one file, which some have at the root as well
+        files += choose_weights(names, part + ("model" if part == "text_encoder/" else STEM))
+    return files
+
+def explain(error):
+    """What went wrong at the hub, and what to do, in a clause."""
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):       # "not in the cache either": the reason is its cause
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.GatedRepoError) or status == 403:
+        return "is gated: accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return "has no such revision"
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or status in (401, 404):
+        return "does not exist, or is private: check the spelling, or log in with `hf auth login`"
+    if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
+        return "does not fit on this disk: make room, or set HF_HOME to a folder on another"
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return f"can't be had ({reason}): check the network and give the same command again, or a local folder"
+
+def check_weights(repo, folder, sha256):
+    """That a named teacher's weights are as published; others are deleted from the cache. Raises BadInput.
+    sha256: part ("unet", ...) -> the hash of its weights, if they are a single file; that of shards isn't known."""
+    for part, expected in sha256.items():
+        path = folder / part / ("model.safetensors" if part == "text_encoder" else WEIGHTS)
+        if path.exists() and (found := hash_once(path)) != expected:
+            for file in (path.resolve(), path):             # the cache's copy, and the link to it
+                file.unlink(missing_ok=True)
+            raise BadInput(f"{repo} has another {part}/{path.name} than published (sha256 {found[:12]}, not "
+                           f"{expected[:12]}), which was deleted again")
+
+def hash_once(path):
+    """The sha256 of a file in the hub's cache, computed once: a stamp beside the file keeps it for later starts, as
+    long as the file has the same size and time of change. Processes that start together wait for the first one."""
+    file = path.resolve()
+    stamp, status = file.with_name(file.name + ".sha256"), file.stat()
+    writable = os.access(file.parent, os.W_OK)              # if not, every start computes it
+    with WeakFileLock(f"{stamp}.lock") if writable else contextlib.nullcontext():
+        known = stamp.read_text().split() if stamp.exists() else []
+        if known[1:] == [str(status.st_size), str(status.st_mtime_ns)]:
+            return known[0]
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if writable:
+            write_file(stamp, lambda p: p.write_text(f"{found} {status.st_size} {status.st_mtime_ns}\n"))
+    return found

@@ -1,0 +1,100 @@
+"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read.
+
+    student = load_student("runs/tiny")
+    condition = student.teacher.encode(["a red ankle boot on a yellow background"])
+    images = student.teacher.decode(student(eps, 0, **condition))               # one forward pass, one picture
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from checkpoint import (TINY, WEIGHTS, BadInput, build, fetch_id, load_module, read_json, read_tensors, resolve,
+                        weight_files, write_file, write_json)
+from model import UNet, target_name
+from signal_ode import student_signal
+from teacher import Teacher
+
+class Student:
+    """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
+    input_time: the fixed time i at which it reads its noise. guidance: the scale w that is built in, or a range
+    [lo, hi] of scales that can be asked for. Raises BadInput for guidance of a teacher that can't be guided."""
+
+    def __init__(self, network, teacher, input_time, guidance):
+        self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
+        self.ranged = isinstance(guidance, list)
+        if teacher.uncond is None and guidance != 1:
+            raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
+
+    def __call__(self, eps, t, w=None, **condition):
+        """The signal y_t (B, C, h, w) of noise eps at target times t, int or (B,), 0..T; 0 is the clean end.
+        w: float or (B,), needed by a student of a range of guidance scales, and without effect on another."""
+        t = torch.as_tensor(t, device=eps.device).expand(len(eps))
+        if self.ranged:
+            condition["guidance"] = torch.as_tensor(w, device=eps.device).expand(len(eps))
+        return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
+
+    def output(self, x_i, i, t, **condition):
+        """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""
+        index = torch.full((len(x_i),), self.teacher.schedule.index(i), device=x_i.device)
+        return self.network(x_i, index, target=t, **condition)
+
+    def pick_guidance(self, w=None):
+        """The scale to use when w is asked for (None: no wish). Raises BadInput where it wasn't trained."""
+        lo, hi = self.guidance if self.ranged else (self.guidance, self.guidance)
+        if w is not None and not lo <= w <= hi:
+            allowed = f"{lo} to {hi}" if self.ranged else f"{lo}, which is built in"
+            raise BadInput(f"--guidance {w} is not supported by this student: {allowed}")
+        return (lo + hi) / 2 if w is None else w
+
+def new_student(teacher, input_time, guidance):
+    """A student that equals its teacher before training: g(eps, t) = f(sigma_i * eps, i), for every t and w. float32.
+    It has the teacher's weights and an embedding of the target time, which starts as the teacher's of time with its
+    last layer zero; for a range of guidance, that of w starts as zero."""
+    files, ranged = weight_files(teacher.unet_folder), isinstance(guidance, list)
+    config = read_json(teacher.unet_folder / "config.json")
+    target_embedding = target_name(config)
+    config[target_embedding.replace("embedding", "embed_type")] = "timestep"
+    tensors, _ = read_tensors(files, teacher.device, torch.float32)
+    for kind in ("weight", "bias"):
+        first, last = tensors[f"time_embedding.linear_1.{kind}"], tensors[f"time_embedding.linear_2.{kind}"]
+        tensors[f"{target_embedding}.linear_1.{kind}"] = first.clone()
+        tensors[f"{target_embedding}.linear_2.{kind}"] = torch.zeros_like(last)
+    if ranged:
+        config["time_cond_proj_dim"] = 256
+        tensors["time_embedding.cond_proj.weight"] = first.new_zeros(config["block_out_channels"][0], 256)
+    return Student(build(UNet, config, tensors, files[0]), teacher, input_time, guidance)
+
+def save_student(folder, student, dtype=torch.float32):
+    """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
+    what this code needs to call the student. Raises BadInput."""
+    folder, teacher = Path(folder), student.teacher
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
+               for name, tensor in student.network.state_dict().items()}
+    write_json(folder / "config.json", student.network.config)
+    write_json(folder / "student.json", {
+        "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
+        "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+
+def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
+    """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
+    teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or one of
+    another teacher."""
+    folder = Path(folder) if Path(folder).is_dir() else fetch_id(folder) or Path(folder)
+    folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
+    if not (folder / "student.json").exists():
+        raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
+    info = read_json(folder / "student.json")
+    if missing := {"teacher", "fingerprint", "input_time", "guidance", "negative_prompt"} - set(info):
+        raise BadInput(f"{folder / 'student.json'} has no {', '.join(sorted(missing))}")
+    try:
+        teacher = Teacher(*resolve(teacher or info["teacher"]), device, dtype)
+    except BadInput as error:
+        raise BadInput(f"{error} (the teacher of {folder}; --teacher says where it is now)") from None
+    if info["fingerprint"] != teacher.fingerprint:
+        raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: "
+                       f"fingerprint {info['fingerprint']}, not {teacher.fingerprint}")
+    teacher.set_negative_prompt(info["negative_prompt"])
+    return Student(load_module(UNet, folder, device, dtype), teacher, info["input_time"], info["guidance"])
