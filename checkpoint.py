@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
@@ -230,10 +230,11 @@ def fetch(repo, revision=None):
     try:
         info = HfApi().model_info(repo, revision=revision)
     except Exception as error:                              # no network, or none wanted: then the cache may have it
-        with contextlib.suppress(Exception):                # the client raises whatever its HTTP library does
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-            if any(folder.rglob("*.safetensors")):          # not what an interrupted download left
-                return folder
+        for name in ("model_index.json", "student.json", "config.json"):
+            with contextlib.suppress(Exception):            # the client raises whatever its HTTP library does
+                folder = Path(hf_hub_download(repo, name, revision=revision, local_files_only=True)).parent
+                if any(folder.rglob("*.safetensors")):      # not what an interrupted download left
+                    return folder
         raise BadInput(f"{repo} {explain(error)}") from None
     names = [file.rfilename for file in info.siblings]
     files = needed(names)
