@@ -91,7 +91,7 @@ def open_tensors(path):
         raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
 
 def weight_names(file):
-    """The names of an open file's tensors, but for position_ids: old text encoders store them, who are no weights."""
+    """The names of an open file's weights: position_ids, which old text encoders store as well, are none."""
     return [name for name in file.keys() if not name.endswith("position_ids")]
 
 def read_tensors(paths, device="cpu", dtype=None):

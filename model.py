@@ -257,7 +257,6 @@ class VAEBlock(Block):
 # --------------------------------------------------------------------------------------------------------- U-Net
 # What the configs may say, the default first. upcast_attention may say anything: scaled_dot_product_attention sums
 # its scores in float32 either way.
-
 UNET_SUPPORTED = {
     "act_fn": ["silu"], "center_input_sample": [False], "time_embedding_dim": [None], "mid_block_scale_factor": [1],
     "dual_cross_attention": [False], "only_cross_attention": [False], "attention_bias": [False],

@@ -40,17 +40,18 @@ def parse_args():
 
 def check(args, prompts, teacher):
     """Raise BadInput for options out of range, and for prompts that the teacher does not take."""
-    takes = {"text": "--prompt", "label": "--label", None: "neither --prompt nor --label"}[teacher.kind]
-    if {"text": args.label, "label": args.prompt, None: prompts}[teacher.kind]:
+    takes = f"--{teacher.takes}" if teacher.takes else "neither --prompt nor --label"
+    wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[teacher.takes]
+    if wrong:
         raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
-    if teacher.kind and not prompts:
+    if teacher.takes and not prompts:
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                      ("--seed", args.seed, 0, 2**62),
                                      *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
-    if teacher.kind == "label":
+    if teacher.labels:
         teacher.encode(prompts)                             # an unknown one is said before the first picture
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
 class Teacher:
     """A diffusion model, frozen: of text and latents (Stable Diffusion), or of pixels, with classes or without (DDPM).
     .schedule: Schedule. .clip: clean predictions lie within [-clip, clip], or None. .shape: of a sample, (C, h, w).
-    .unet, and of a model of text .vae, .text_encoder and .tokenizer: its parts. .labels: of a model of classes, name ->
-    number. .kind: what prompts are to it, "text", "label" or, if it sees none, None. .uncond: the condition that
+    .unet, and if it sees text .vae, .text_encoder and .tokenizer: its parts. .labels: name -> number of its classes.
+    .takes: what the commands call its prompts, "prompt", "label" or, if it sees none, None. .uncond: the condition that
     guidance leads away from, or None. .spec: what load_teacher takes again. .fingerprint: tells teachers apart."""
 
     def __init__(self, folder, spec, device, dtype):
@@ -56,15 +56,16 @@ class Teacher:
         self.schedule, self.clip = read_scheduler(folder)
         config = read_unet_config(folder)
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-        self.kind = self.vae = self.text_encoder = self.tokenizer = self.labels = None
+        self.takes = self.vae = self.text_encoder = self.tokenizer = None
+        self.labels, files = {}, weight_files(self.unet_folder)
         if not is_pixel(config):
-            self.kind, self.clip = "text", None             # whatever the scheduler says, latents have no bounds
             self.load_text_parts(config)
+            self.takes, self.clip = "prompt", None          # whatever the scheduler says, latents have no bounds
+            files += weight_files(folder / "text_encoder", "model")
         elif config.get("num_class_embeds"):
-            self.kind, self.labels = "label", read_labels(folder, config["num_class_embeds"])
+            self.takes, self.labels = "label", read_labels(folder, config["num_class_embeds"])
         self.set_negative_prompt("")
-        texts = weight_files(folder / "text_encoder", "model") if self.kind == "text" else []
-        self.fingerprint = fingerprint(weight_files(self.unet_folder) + texts, self.schedule, self.clip)
+        self.fingerprint = fingerprint(files, self.schedule, self.clip)
 
     def load_text_parts(self, config):
         """VAE, tokenizer and text encoder, which must suit the U-Net's config and each other. Raises BadInput."""
@@ -90,14 +91,15 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """The condition of B prompts, by the names that the network takes.
-        {"text": (B, 77, D)}, {"label": (B,)} of the names or numbers of classes, or {} of a model that sees none.
-        Raises BadInput for an unknown class."""
-        if self.kind == "text":
-            return {"text": self.text_encoder(self.tokenizer(prompts).to(self.device))}
-        if self.kind == "label":
-            return {"label": torch.tensor([self.class_number(prompt) for prompt in prompts], device=self.device)}
-        return {}
+        """The condition of B prompts, by the names that the network takes: {"text": (B, 77, D)}, {"label": (B,)} of the
+        names or numbers of classes, or {} of a model that sees none. Raises BadInput for an unknown class."""
+        condition = {}
+        if self.text_encoder:
+            condition["text"] = self.text_encoder(self.tokenizer(prompts).to(self.device))
+        if self.labels:
+            numbers = [self.class_number(prompt) for prompt in prompts]
+            condition["label"] = torch.tensor(numbers, device=self.device)
+        return condition
 
     def class_number(self, name):
         """The number of a class by its name, or by the number itself. Raises BadInput."""
@@ -111,11 +113,11 @@ class Teacher:
 
     def set_negative_prompt(self, prompt):
         """Choose what guidance leads away from: a prompt or class, or "", the empty one. Raises BadInput."""
-        if prompt and self.kind is None:
+        if prompt and not self.takes:
             raise BadInput(f"teacher {self.spec} is unconditional: --negative-prompt has no meaning for it")
-        has_empty = self.kind == "text" or self.kind == "label" and "" in self.labels
-        self.negative_prompt = prompt
-        self.uncond = self.encode([prompt]) if prompt or has_empty else None
+        self.negative_prompt, self.uncond = prompt, None
+        if prompt or self.text_encoder or "" in self.labels:
+            self.uncond = self.encode([prompt])
 
     @torch.no_grad()
     def denoise(self, x_t, t, w=1.0, **condition):
@@ -229,16 +231,16 @@ def compose_prompts(num=100_000, seed=0):
 def training_prompts(teacher, path=None):
     """The prompts or labels to train on: those of a file, the teacher's own, or composed ones. Raises BadInput."""
     own = teacher.folder / "prompts.txt"
-    if path and teacher.kind is None:
+    if path and not teacher.takes:
         raise BadInput(f"teacher {teacher.spec} is unconditional: --prompts has no meaning for it")
     if path or own.exists():
         prompts = read_prompts(path or own)
-        if teacher.kind == "label":
+        if teacher.labels:
             teacher.encode(prompts)                         # an unknown label is found now, not in an hour
         return prompts
-    if teacher.kind == "label":
+    if teacher.labels:
         return [name for name in teacher.labels if name]
-    return compose_prompts() if teacher.kind == "text" else [""]
+    return compose_prompts() if teacher.takes else [""]
 
 def noise(seeds, shape):
     """eps (B, *shape), each sample from a generator of its own: the same in any batch, on any number of devices."""

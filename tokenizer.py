@@ -43,10 +43,8 @@ def cut(text, tokens):
 
 def merge(word, rank):
     """Byte-pair encoding: merge the pair of lowest rank, everywhere from left to right, until no pair has a rank.
-
     word: str of visible characters; rank: (str, str) -> int. Returns its parts, a list of str. Each part knows its
-    neighbours and each rank its places, so that no round reads all of a long word: a megabyte takes seconds.
-    """
+    neighbours and each rank its places, so that no round reads all of a long word: a megabyte takes seconds."""
     parts = [*word[:-1], word[-1] + "</w>", ""]         # the empty part, in no pair, closes the others to a ring
     before = [len(word), *range(len(word))]
     after = [*range(1, len(word) + 1), 0]
@@ -79,11 +77,9 @@ def read(path, parse):
 
 class Tokenizer:
     """B prompts -> ids (B, length), int64. Special tokens that are written in a prompt count as such.
-
     A prompt that is too long is cut, with a warning that shows its text from the cut on. vocab: token -> id; merges:
     pairs of tokens, by rank; config: tokenizer_config.json, updated with special_tokens_map.json. Raises ValueError
-    if vocab lacks one of their tokens.
-    """
+    if vocab lacks one of their tokens."""
 
     def __init__(self, vocab, merges, config):
         added = config.get("added_tokens_decoder", {})              # id -> token, in newer folders

@@ -46,7 +46,6 @@ RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
     "weight": (-10, 10), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
-FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}   # may change on resume
 
 def default(name, teacher):
     """What DEFAULTS says for a teacher of this name or folder."""
@@ -209,9 +208,10 @@ def resume(path, state):
 
 def check_config(path, config):
     """An earlier run's config.json, if there is one, must say the same, but for what may change between stretches."""
+    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
     old = read_json(path) if path.exists() else config
-    same_teacher = old.get("fingerprint") == config["fingerprint"]              # perhaps in another place
-    free = FREE | {"teacher"} if same_teacher else FREE
+    if old.get("fingerprint") == config["fingerprint"]:
+        free.add("teacher")                                 # the same one, perhaps in another place
     differ = [f"{k} {old.get(k)} there, {config[k]} here" for k in config if k not in free and old.get(k) != config[k]]
     if differ:
         raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): "
@@ -405,9 +405,8 @@ def main():
         print(f"stopped at step {done}; the same command goes on")
     elif rank == 0:
         out = shlex.quote(str(args.out))
-        option = {"text": " --prompt ", "label": " --label ", None: ""}[teacher.kind]
-        prompt = shlex.quote(prompts[0]) if option else ""
-        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{option}{prompt}")
+        told = f" --{teacher.takes} {shlex.quote(prompts[0])}" if teacher.takes else ""
+        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{told}")
         if is_embedded(args.teacher):
             print(f"  python -m tools.evaluate --student {out}")
 

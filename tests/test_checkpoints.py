@@ -88,7 +88,7 @@ def test_weights_in_the_files_own_precision_are_not_copied(tmp_path):
 
 def test_unconditional_teacher_clips_and_student_starts_as_its_equal(pixel):
     teacher = load_teacher(pixel())
-    assert teacher.kind is None and teacher.shape == (3, 16, 16) and teacher.clip == 1.0
+    assert teacher.takes is None and teacher.shape == (3, 16, 16) and teacher.clip == 1.0
     student, eps, condition = new_student(teacher, 400, 1.0), noise([0, 1], teacher.shape), teacher.encode(["", ""])
     assert condition == {}
     assert student.network.config["class_embed_type"] == "timestep"         # diffusers opens it as it is
@@ -105,7 +105,7 @@ def test_class_conditional_teacher_takes_names_and_numbers(pixel):
     folder = pixel(num_class_embeds=3, resnet_time_scale_shift="scale_shift")
     (folder / "model_index.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog", "2": ""}}))
     teacher = load_teacher(folder)
-    assert teacher.kind == "label" and teacher.encode(["dog", "0", ""])["label"].tolist() == [1, 0, 2]
+    assert teacher.takes == "label" and teacher.encode(["dog", "0", ""])["label"].tolist() == [1, 0, 2]
     with pytest.raises(BadInput, match="has no class 'cow': cat, dog"):
         teacher.encode(["cow"])
     eps, pets = noise([0, 1], teacher.shape), teacher.encode(["cat", "dog"])
@@ -134,7 +134,7 @@ def test_pixel_teacher_from_training_to_picture(pixel, call, tmp_path, classes):
     named = re.search(r"sample.py (--student.*)", said)[1].split()
     code, said, error = call("sample", *named, "--out", tmp_path / "png", "--num", 2)
     assert code == 0 and Image.open(tmp_path / "png" / "000001.png").size == (16, 16), error
-    assert load_student(out).teacher.kind == ("label" if classes else None)
+    assert load_student(out).teacher.takes == ("label" if classes else None)
     code, said, error = call("train", "--teacher", folder, "--out", out, *options[:1], 3, *options[2:])
     assert code == 0 and "resuming at step 2" in said, error                # without an average to restore
     if classes is None:
@@ -156,7 +156,7 @@ def test_unconditional_teacher_on_trained_weights(call, tmp_path):
     eps = noise([0, 1], teacher.shape)
     for t in (1000, 500, 20):
         f, f_class = teacher.denoise(eps, t), whole.denoise(eps, t, **whole.encode(["", ""]))
-        assert teacher.kind is None and torch.allclose(f, f_class, atol=1e-4)
+        assert teacher.takes is None and torch.allclose(f, f_class, atol=1e-4)
     code, _, error = call("train", "--teacher", folder, "--out", tmp_path / "run", "--steps", 2, "--batch", 4,
                           "--sample-every", 0)
     assert code == 0, error

@@ -71,7 +71,7 @@ class Evaluation:
         reference = folder / "reference.safetensors"
         self.real = read_tensors(reference, dtype=torch.float32)[0]["features"]
         self.combinations = combinations(self.config, images, seed)
-        if self.teacher.kind == "label":                    # told the garment alone; its colours are free
+        if self.teacher.labels:                    # told the garment alone; its colours are free
             self.combinations = [(garment,) for garment, _, _ in self.combinations]
         self.num_exact = min(images, EXACT // math.prod(self.teacher.shape))
         self.seeds = range(seed * 10**6, seed * 10**6 + images)
