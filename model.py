@@ -96,11 +96,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, padding):
         super().__init__()
-        self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 class Upsample(nn.Module):
     """The nearest pixel, then a convolution: x (B, C, h, w) -> (B, C, *size), or (B, C, 2 * h, 2 * w)."""
@@ -333,9 +332,8 @@ class UNet(nn.Module):
 
         # UNet2DModel has no norm before the attention in the middle where it has scale and shift, unless it says so.
         mid_groups = config.get("attn_norm_num_groups") or (None if is_pixel(config) and scale_shift else groups)
-        resnets = [resnet(c, c), resnet(c, c)]
         attentions = [unet_attention(config, -1, mid_groups)] if config.get("add_attention", True) else []
-        self.mid_block = MidBlock(resnets, attentions)
+        self.mid_block = MidBlock([resnet(c, c), resnet(c, c)], attentions)
 
         for level, kind in zip(reversed(range(len(channels))), config["up_block_types"]):
             resnets = []
@@ -393,7 +391,6 @@ class UNet(nn.Module):
         return block(*inputs)
 
 # ----------------------------------------------------------------------------------------------------------- VAE
-
 VAE_SUPPORTED = {
     "act_fn": ["silu"], "shift_factor": [None], "latents_mean": [None], "latents_std": [None],
     "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
@@ -478,7 +475,6 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale))
 
 # -------------------------------------------------------------------------------------------------- text encoder
-
 TEXT_SUPPORTED = {"hidden_act": ["quick_gelu", "gelu"]}
 
 class TextLayer(nn.Module):

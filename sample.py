@@ -6,6 +6,7 @@
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -81,14 +82,14 @@ def main():
             for key, value in {"prompt": text, "seed": seed, **about}.items():
                 info.add_itxt(key, str(value))
             picture, path = image_grid([images]), args.out / f"{seed:06d}.png"
-            write_file(path, lambda p: picture.save(p, "PNG", pnginfo=info))
+            write_file(path, functools.partial(picture.save, format="PNG", pnginfo=info))
             if args.grid:
                 pictures.append(picture)
             print(f"{path}  {text}")
     if args.grid:
         columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
         grid = image_grid([pictures[k:k + columns] for k in range(0, len(pictures), columns)], 96)
-        write_file(args.out / "grid.png", lambda p: grid.save(p, "PNG"))
+        write_file(args.out / "grid.png", functools.partial(grid.save, format="PNG"))
         print(args.out / "grid.png")
 
 if __name__ == "__main__":

@@ -395,7 +395,7 @@ def main():
             with autocast(device, dtype):
                 student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
             grid = image_grid([teacher_row, student_row], 96)
-            write_file(args.out / "samples" / f"step_{done}.png", lambda path: grid.save(path, "PNG"))
+            write_file(args.out / "samples" / f"step_{done}.png", functools.partial(grid.save, format="PNG"))
         if stopping:
             break
 

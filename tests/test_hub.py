@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
@@ -195,6 +197,22 @@ def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch,
             load_teacher("sd21")
     fetched = [path for method, path, _ in hub.seen if method == "GET" and path.startswith("/bad/mirror/resolve")]
     assert sum(path.endswith("unet/" + WEIGHTS) for path in fetched) == 3
+
+
+def test_weights_are_hashed_once_for_each_file(hub, monkeypatch):
+    """However many processes start, together or later; a file that has changed is hashed again."""
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    good = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
+    monkeypatch.setitem(checkpoint.HUB, "sd21", named("somebody/tiny", unet=good))
+    folder = load_teacher("sd21").folder
+    load_teacher("sd21")
+    assert len(hashed) == 1
+    path = folder / "unet" / WEIGHTS
+    os.utime(path, (1, 1))
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(checkpoint.hash_once, [path] * 4)) == {good}
+    assert len(hashed) == 2
 
 
 def test_train_command_takes_a_hub_id(hub, call, tmp_path):

@@ -163,6 +163,21 @@ def test_bootstrap_loss_has_no_gradient_through_its_target(schedule, eps):
     assert seen == [False, True] and a.grad is not None
 
 
+def test_conditions_reach_student_and_teacher_untouched(schedule, eps):
+    """Whatever they are called: the losses and the solver know none of them."""
+    size, seen = object(), []
+
+    def record(z, t, **condition):
+        seen.append(condition)
+        return z
+    t = torch.full((16,), 500)
+    bootstrap_loss(record, record, eps, t, t - 40, schedule, "heun", size=size, w=2.0)
+    boundary_loss(record, record, eps, schedule, size=size, w=2.0)
+    solve(record, eps, schedule.grid(3), schedule, "heun", size=size, w=2.0)
+    student_signal(lambda x, i, t, **condition: record(x, t, **condition), eps, t, 400, schedule, size=size, w=2.0)
+    assert len(seen) > 12 and all(condition == {"size": size, "w": 2.0} for condition in seen)
+
+
 def test_minimising_both_losses_finds_the_solution(schedule):
     """A student of free y_t = a_t + b_t * eps on a grid of times, trained by BOOT alone, ends where the Euler
     Signal-ODE does."""

@@ -203,8 +203,8 @@ def test_rounded_networks_stay_within_their_bound(name, prompts):
             found.append(teacher.denoise(eps, t, **condition))
             with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
                 times = torch.full((len(eps),), t)
-                found.append(bootstrap_target(student, teacher.denoise, eps, times, times - 40, teacher.schedule, "heun",
-                                              **condition))
+                found.append(bootstrap_target(student, teacher.denoise, eps, times, times - 40, teacher.schedule,
+                                              "heun", **condition))
         assert all(f.dtype == wide for f in found)
         return found
 

@@ -172,7 +172,7 @@ def table(rows):
     return "\n".join(lines)
 
 
-def main():
+def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--student", type=Path, default=TINY / "student",
@@ -189,7 +189,11 @@ def main():
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
     student = load_student(args.student, args.teacher, pick_device(args.device))
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:

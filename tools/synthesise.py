@@ -8,6 +8,7 @@ For measuring at full size what has no download: loading, memory, speed, agreeme
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -33,7 +34,7 @@ def tensor(name, dtype, shape, rng):
     return values.astype(DTYPES[dtype])
 
 
-def write_tensors(file, tensors, seed=0):
+def write_tensors(tensors, seed, path):
     """A safetensors file of random tensors {name: (dtype, shape)}, one tensor in memory at a time."""
     header, offset, rng = {"__metadata__": {"format": "pt"}}, 0, np.random.default_rng(seed)
     for name, (dtype, shape) in tensors.items():
@@ -42,9 +43,10 @@ def write_tensors(file, tensors, seed=0):
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name, (dtype, shape) in tensors.items():
-        file.write(tensor(name, dtype, shape, rng).tobytes())
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in tensors.items():
+            file.write(tensor(name, dtype, shape, rng).tobytes())
 
 
 def read_manifest(source):
@@ -69,10 +71,7 @@ def synthesise(source, out, seed=0):
             (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / path.relative_to(source))
     for name, part in manifest.items():
-        def write(path):
-            with open(path, "wb") as file:
-                write_tensors(file, part["tensors"], seed)
-        write_file(out / name, write)
+        write_file(out / name, functools.partial(write_tensors, part["tensors"], seed))
 
 
 def main():

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
@@ -212,24 +213,32 @@ def names(combination):
     return GARMENTS[g], list(COLOURS)[c], list(COLOURS)[b]
 
 
-def train_vae(args, train):
+def vae_loss(vae, train, device, rng, batch):
     """Reconstruction in L1 and L2, and enough KL that the decoder forgives small errors of a latent."""
+    images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(device)
+    mean, logvar = vae.moments(images)
+    latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).to(device)
+    error = vae.decode(latents * vae.scale) - images
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + error.square().mean() + 1e-3 * kl
+
+
+def train_vae(args, train):
+    """The autoencoder, and the scale that brings its latents to unit variance."""
     torch.manual_seed(args.seed)
     vae = VAE(VAE_CONFIG)
-
-    def loss(rng, batch):
-        images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(args.device)
-        mean, logvar = vae.moments(images)
-        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).to(args.device)
-        error = vae.decode(latents * vae.scale) - images
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + error.square().mean() + 1e-3 * kl
-
-    fit("vae", [vae], loss, args, args.vae_steps, 2e-3, 32)
+    fit("vae", [vae], functools.partial(vae_loss, vae, train, args.device), args, args.vae_steps, 2e-3, 32)
     with torch.no_grad():
         images, _ = draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)
         mean, _ = vae.moments(images.to(args.device))
     save(args.out / "vae", vae, dict(VAE_CONFIG, scaling_factor=round(1 / mean.std().item(), 5)))
+
+
+def judge_loss(judge, train, device, rng, batch):
+    """Cross-entropy of garment, colour and background."""
+    images, labels = draw_batch(train, batch, rng, COMBINATIONS)
+    answers = judge.answers(judge(images.to(device)))
+    return sum(F.cross_entropy(a, label) for a, label in zip(answers, labels.to(device).T))
 
 
 def train_judge(args, train):
@@ -238,13 +247,7 @@ def train_judge(args, train):
     held_out = [names(c) for c in sorted(HELD_OUT)]
     config = {"garments": GARMENTS, "colours": list(COLOURS), "held_out": held_out}
     judge = Judge(config)
-
-    def loss(rng, batch):
-        images, labels = draw_batch(train, batch, rng, COMBINATIONS)
-        answers = judge.answers(judge(images.to(args.device)))
-        return sum(F.cross_entropy(a, label) for a, label in zip(answers, labels.to(args.device).T))
-
-    fit("judge", [judge], loss, args, args.judge_steps, 2e-3, 64)
+    fit("judge", [judge], functools.partial(judge_loss, judge, train, args.device), args, args.judge_steps, 2e-3, 64)
     save(args.out / "judge", judge, config, "judge.safetensors")
 
 
@@ -266,50 +269,53 @@ def measure_reference(args, test):
     print("the judge on the real test split:", accuracy)
 
 
+def unet_loss(unet, text_encoder, tokenizer, vae, train, device, rng, batch):
+    """Denoising of latents, epsilon prediction."""
+    seen, schedule = [c for c in COMBINATIONS if c not in HELD_OUT], Schedule(SCHEDULER)
+    images, labels = draw_batch(train, batch, rng, seen)
+    with torch.no_grad():
+        x_0 = vae.encode(images.to(device))
+    t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(device)
+    eps = torch.randn(x_0.shape, generator=rng).to(device)
+    text = text_encoder(tokenizer(captions(labels, rng)).to(device))
+    return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), text), eps)
+
+
 def train_unet(args, train):
-    """Denoising of latents, epsilon prediction; the text encoder learns along."""
+    """The U-Net; the text encoder learns along."""
     torch.manual_seed(args.seed)
-    tokenizer, schedule = Tokenizer.from_folder(args.out / "tokenizer"), Schedule(SCHEDULER)
+    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
     vae = load_module(VAE, args.out / "vae", args.device, torch.float32)
     vocabulary = json.loads((args.out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     text_config = dict(TEXT_CONFIG, vocab_size=len(vocabulary), bos_token_id=vocabulary["<|startoftext|>"],
                        eos_token_id=vocabulary["<|endoftext|>"])
     unet, text_encoder = UNet(UNET_CONFIG).to(memory_format=torch.channels_last), TextEncoder(text_config)
-    seen = [c for c in COMBINATIONS if c not in HELD_OUT]
-
-    def loss(rng, batch):
-        images, labels = draw_batch(train, batch, rng, seen)
-        with torch.no_grad():
-            x_0 = vae.encode(images.to(args.device))
-        t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(args.device)
-        eps = torch.randn(x_0.shape, generator=rng).to(args.device)
-        text = text_encoder(tokenizer(captions(labels, rng)).to(args.device))
-        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), text), eps)
-
+    loss = functools.partial(unet_loss, unet, text_encoder, tokenizer, vae, train, args.device)
     fit("unet", [unet, text_encoder], loss, args, args.unet_steps, 1e-3, 64)
     save(args.out / "unet", unet, UNET_CONFIG)
     save(args.out / "text_encoder", text_encoder, text_config, "model.safetensors")
 
 
-def train_pixel(args, train):
-    """The second teacher, in pixels: the class is the garment, its colours are left to chance.
+def pixel_loss(unet, train, device, rng, batch):
+    """Denoising of pixels: the class is the garment, its colours are left to chance.
 
     It predicts v: at alpha_T = 0.006 an epsilon would have to be exact to 0.1% for the mean colour to come out right.
     """
-    torch.manual_seed(args.seed)
     schedule = Schedule(PIXEL_SCHEDULER)
+    x_0, labels = draw_batch(train, batch, rng, COMBINATIONS)
+    label = torch.where(torch.rand(batch, generator=rng) < 0.1, len(GARMENTS), labels[:, 0]).to(device)
+    u = torch.rand(batch, generator=rng)
+    t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(device)             # texture is most of the work
+    eps, x_0 = torch.randn(x_0.shape, generator=rng).to(device), x_0.to(device)
+    v = like(schedule.alpha(t), eps) * eps - like(schedule.sigma(t), x_0) * x_0
+    return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), label=label), v)
+
+
+def train_pixel(args, train):
+    """The second teacher, in pixels."""
+    torch.manual_seed(args.seed)
     unet = UNet(PIXEL_CONFIG).to(memory_format=torch.channels_last)
-
-    def loss(rng, batch):
-        x_0, labels = draw_batch(train, batch, rng, COMBINATIONS)
-        label = torch.where(torch.rand(batch, generator=rng) < 0.1, len(GARMENTS), labels[:, 0]).to(args.device)
-        u = torch.rand(batch, generator=rng)
-        t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(args.device)        # texture is most of the work
-        eps, x_0 = torch.randn(x_0.shape, generator=rng).to(args.device), x_0.to(args.device)
-        v = like(schedule.alpha(t), eps) * eps - like(schedule.sigma(t), x_0) * x_0
-        return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), label=label), v)
-
-    fit("pixel", [unet], loss, args, args.pixel_steps, 1e-3, 32)
+    fit("pixel", [unet], functools.partial(pixel_loss, unet, train, args.device), args, args.pixel_steps, 1e-3, 32)
     save(args.out / "pixel" / "unet", unet, PIXEL_CONFIG)
     write_json(args.out / "pixel" / "model_index.json", PIXEL_INDEX)
     write_json(args.out / "pixel" / "scheduler" / "scheduler_config.json", PIXEL_SCHEDULER)
