@@ -37,7 +37,7 @@ def command(main):
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:                           # a GPU has a class for it, a CPU only a message
+    except RuntimeError as error:                           # CUDA has a class for out of memory, the CPU has not
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         reason = str(error).split(". ")[0]
@@ -76,11 +76,9 @@ def write_file(path, write):
 
 def write_json(path, value):
     """Write a value as JSON, atomically. Raises BadInput."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_file(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 # ------------------------------------------------------------------------------------------------------- weights
-
 @contextlib.contextmanager
 def open_tensors(path):
     """safetensors' safe_open. What is wrong with the file is a BadInput."""
@@ -91,7 +89,7 @@ def open_tensors(path):
         raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
 
 def weight_names(file):
-    """The names of an open file's weights: position_ids, which old text encoders store as well, are none."""
+    """The names of an open file's weights, without the position_ids that old text encoders store beside them."""
     return [name for name in file.keys() if not name.endswith("position_ids")]
 
 def read_tensors(paths, device="cpu", dtype=None):
@@ -105,20 +103,21 @@ def read_tensors(paths, device="cpu", dtype=None):
             names = weight_names(file)
             metadata |= file.metadata() or {}
         while names:
-            with open_tensors(path) as file:    # anew after 128 MB of copies: what was read of a file takes memory, too
+            with open_tensors(path) as file:    # reopened every 128 MB, to release the pages that were read of it
                 copied = 0
                 while names and copied < 2**27:
                     name = names.pop()
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
-                    copied += 0 if tensors[name] is tensor else tensor.nbytes
+                    stored = file.get_tensor(name)
+                    tensors[name] = stored.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
+                    if tensors[name] is not stored:
+                        copied += stored.nbytes
     return tensors, metadata
 
 # The attention layers' names before diffusers 0.12, and today's
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 def modern(name):
-    """The name that a published parameter has in our networks: today's."""
+    """The name that our networks give to a published parameter: diffusers' present name, if it has an old one."""
     if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name):
         return f"text_model.{name}"                         # transformers 5 leaves the first part out
     if ".attentions." not in name:
@@ -127,7 +126,7 @@ def modern(name):
     return f"{module}.{OLD_NAMES.get(layer, layer)}.{kind}"
 
 def blank(network, config, where):
-    """network(config) on the meta device, without weights. Raises BadInput naming the config's key; where begins it."""
+    """network(config) on the meta device, without weights. Raises BadInput; `where` names the file in it."""
     try:
         with torch.device("meta"):
             return network(config)
@@ -138,7 +137,7 @@ def blank(network, config, where):
 
 def build(network, config, tensors, where):
     """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
-    config's key, or the missing, unexpected or mis-shaped tensors; where begins it."""
+    config's key, or the missing, unexpected or mis-shaped tensors; `where` names the file in its message."""
     module = blank(network, config, where)
     tensors = {modern(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -177,7 +176,6 @@ def load_module(network, folder, device, dtype, stem=STEM):
     return build(network, config, read_tensors(files, device, dtype)[0], files[0])
 
 # ------------------------------------------------------------------------------------------------------- the hub
-
 # name -> its repositories, tried in order (Stability removed its own), and the sha256 of its parts' weights
 HUB = read_json(Path(__file__).parent / "hub.json")
 
@@ -256,13 +254,13 @@ def needed(names):
     small = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "vocab.json",
              "special_tokens_map.json", "merges.txt", "student.json", "prompts.txt")
     files = [part + name for part in parts for name in small if part + name in names]
-    for part in parts:                          # not a whole pipeline in one file, which some have at the root as well
+    for part in parts:                          # by stem: some repositories also have the whole pipeline as one file
         files += choose_weights(names, part + ("model" if part == "text_encoder/" else STEM))
     return files
 
 def explain(error):
     """What went wrong at the hub, and what to do, in a clause."""
-    if isinstance(error, hub_errors.LocalEntryNotFoundError):       # "not in the cache either": the reason is its cause
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):       # its cause says why the hub was not asked
         error = error.__cause__ or error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError) or status == 403:
@@ -277,7 +275,7 @@ def explain(error):
     return f"can't be had ({reason}): check the network and give the same command again, or a local folder"
 
 def check_weights(repo, folder, sha256):
-    """That a named teacher's weights are as published; others are deleted from the cache. Raises BadInput.
+    """Check that a named teacher's weights are as published; delete them from the cache if not. Raises BadInput.
     sha256: part ("unet", ...) -> the hash of its weights, if they are a single file; that of shards isn't known."""
     for part, expected in sha256.items():
         path = folder / part / ("model.safetensors" if part == "text_encoder" else WEIGHTS)

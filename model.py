@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 def check_supported(config, table):
-    """Refuse a config that says what this file would compute wrongly: ValueError with key, value and what is right.
-    table: key -> the supported values, of which the first is the default. Of a list, every item is checked."""
+    """Raise ValueError, with key, value and what is supported, for a config that this file would compute wrongly.
+    table: key -> the supported values, the default first. If a config's value is a list, every item must be one."""
     for key, values in table.items():
         given = config.get(key, values[0])
         for value in given if isinstance(given, list) else [given]:
@@ -34,13 +34,13 @@ def sinusoid(t, dim, flip=False, shift=0):
 
 def guidance_sinusoid(w, dim):
     """Embedding of guidance scales w (B,) -> (B, dim), as in latent consistency models (Luo et al. 2023).
-    The angles reach thousands, where the rounding of the frequencies shows: the order of operations is theirs."""
+    Angles reach thousands, where float32 rounding shows: so the operations are in the order of the reference."""
     frequency = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000) / (dim // 2 - 1)))
     angle = (w.float() - 1)[:, None] * 1000 * frequency                                     # (B, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without a random start on the meta device, which would import a second's worth of modules."""
+    """nn.Embedding that skips its random values on the meta device: drawing them there costs a second of imports."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -168,7 +168,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, c_text, heads)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = nn.Module()
+        self.ff = nn.Module()                   # its published list has a dropout of zero in the middle
         self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x, text):
@@ -209,19 +209,19 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList(upsamplers)
 
 class DownBlock(Block):
-    """x (B, c_in, h, w) -> (B, c_out, h / 2, w / 2), and the list of all that it made, for the skip connections."""
+    """x (B, c_in, h, w) -> (B, c_out, h / 2, w / 2), and the list of its outputs that the up blocks concatenate."""
 
     def forward(self, x, emb, text=None):
-        made = []
+        skips = []
         for j, resnet in enumerate(self.resnets):
             x = resnet(x, emb)                                                  # (B, c_out, h, w)
             if self.attentions:
                 x = self.attentions[j](x, text)                                 # (B, c_out, h, w)
-            made.append(x)
-        for downsample in self.downsamplers:                                    # one, or none at the lowest level
+            skips.append(x)
+        for downsample in self.downsamplers:                                    # one, or none at the lowest resolution
             x = downsample(x)                                                   # (B, c_out, h / 2, w / 2)
-            made.append(x)
-        return x, made
+            skips.append(x)
+        return x, skips
 
 class MidBlock(Block):
     """x (B, C, h, w) -> (B, C, h, w): resnet, attention if there is one, resnet. The VAE has no emb and no text."""
@@ -241,7 +241,7 @@ class UpBlock(Block):
             x = resnet(x, emb)                                                  # (B, c_out, h, w)
             if self.attentions:
                 x = self.attentions[j](x, text)                                 # (B, c_out, h, w)
-        for upsample in self.upsamplers:                                        # one, or none at the highest level
+        for upsample in self.upsamplers:                                        # one, or none at the full resolution
             x = upsample(x, size)                                               # (B, c_out, *size)
         return x
 
@@ -265,6 +265,8 @@ UNET_SUPPORTED = {
     "resnet_skip_time_act": [False], "encoder_hid_dim_type": [None], "time_embedding_type": ["positional"],
     "time_embedding_act_fn": [None], "timestep_post_act": [None], "cross_attention_norm": [None],
     "conv_in_kernel": [3], "conv_out_kernel": [3]}
+UNET_INPUTS = {"cross_attention_dim": "text", "num_class_embeds": "label", "class_embed_type": "target",
+               "target_embed_type": "target", "time_cond_proj_dim": "guidance"}     # config key -> input it asks for
 TEXT_BLOCKS = {                                                                 # UNet2DConditionModel
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "mid_block_type": ["UNetMidBlock2DCrossAttn"]}
@@ -276,16 +278,16 @@ def is_pixel(config):
     """Whether a U-Net's config is of the DDPM family (UNet2DModel), which sees no text, and not Stable Diffusion's."""
     return config.get("_class_name") == "UNet2DModel"
 
-def target_name(config):
-    """The name in the file of a student's target_embedding: diffusers' class_embedding, so that a student opens there.
-    Only where a class-conditional network keeps its labels under that name it is called what it is."""
-    return "target_embedding" if config.get("num_class_embeds") else "class_embedding"
+def target_slot(config):
+    """What a student's embedding of the target time is called: SLOT_embedding in its weights, SLOT_embed_type in its
+    config. "class", so that diffusers opens it, or "target" where class labels have that name already."""
+    return "target" if config.get("num_class_embeds") else "class"
 
 def unet_attention(config, level, groups):
     """The attention of a level of the U-Net: over pixels, or a transformer over pixels and text."""
     channels = config["block_out_channels"][level]
     if is_pixel(config):
-        width = config.get("attention_head_dim", 8) or channels                 # of a head; null is a single head
+        width = config.get("attention_head_dim", 8) or channels                 # channels a head; null: one head
         return PixelAttention(channels, channels // width, groups, config.get("norm_eps", 1e-5))
     # Here attention_head_dim is the number of heads: in the published configs the key has the wrong name.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
@@ -311,27 +313,28 @@ class UNet(nn.Module):
         resnet = functools.partial(Resnet, c_emb=c_emb, groups=groups, eps=eps, scale_shift=scale_shift)
         self.sinusoid = functools.partial(sinusoid, dim=channels[0], flip=config.get("flip_sin_to_cos", True),
                                           shift=config.get("freq_shift", 0))
-        self.checkpointing = False              # True: blocks are computed again going back, instead of kept
+        self.checkpointing = False              # True: recompute each block in the backward pass, to save memory
 
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], c_emb, config.get("time_cond_proj_dim"))
         if config.get("num_class_embeds"):
             self.class_embedding = Embedding(config["num_class_embeds"], c_emb)
         if config.get("class_embed_type") or config.get("target_embed_type"):
-            self.add_module(target_name(config), TimeEmbedding(channels[0], c_emb))
+            self.add_module(f"{target_slot(config)}_embedding", TimeEmbedding(channels[0], c_emb))
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         c, c_skips = channels[0], [channels[0]]
         for level, kind in enumerate(config["down_block_types"]):
             resnets = [resnet(c if j == 0 else channels[level], channels[level]) for j in range(layers)]
-            attentions = [unet_attention(config, level, groups) for _ in resnets if "Attn" in kind]
+            attentions = [unet_attention(config, level, groups) for _ in resnets] if "Attn" in kind else []
             c = channels[level]
             downsamplers = [Downsample(c, config.get("downsample_padding", 1))] if level < len(channels) - 1 else []
             self.down_blocks.append(DownBlock(resnets, attentions, downsamplers))
-            c_skips += [c] * len([*resnets, *downsamplers])
+            c_skips += [c for _ in (*resnets, *downsamplers)]
 
-        # UNet2DModel has no norm before the attention in the middle where it has scale and shift, unless it says so.
-        mid_groups = config.get("attn_norm_num_groups") or (None if is_pixel(config) and scale_shift else groups)
+        # A UNet2DModel with scale_shift has a norm in its middle attention only if attn_norm_num_groups is given.
+        default_groups = None if is_pixel(config) and scale_shift else groups
+        mid_groups = config.get("attn_norm_num_groups") or default_groups
         attentions = [unet_attention(config, -1, mid_groups)] if config.get("add_attention", True) else []
         self.mid_block = MidBlock([resnet(c, c), resnet(c, c)], attentions)
 
@@ -340,7 +343,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 resnets.append(resnet(c + c_skips.pop(), channels[level]))
                 c = channels[level]
-            attentions = [unet_attention(config, level, groups) for _ in resnets if "Attn" in kind]
+            attentions = [unet_attention(config, level, groups) for _ in resnets] if "Attn" in kind else []
             self.up_blocks.append(UpBlock(resnets, attentions, upsamplers=[Upsample(c)] if level > 0 else []))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
@@ -350,42 +353,42 @@ class UNet(nn.Module):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
         text: (B, L, D), or label: (B,) int64, as the network was trained. target: (B,), the time that a student
         shall predict; guidance: (B,), its guidance scale. Raises ValueError if one is missing or not wanted."""
+        self.check_inputs(text=text, target=target, guidance=guidance, label=label)
         emb = self.embed(t, target, guidance, label)                            # (B, 4 * c_0)
         x = self.conv_in(x.to(self.conv_in.weight.dtype))                       # (B, c_0, h, w)
         skips = [x]
         for block in self.down_blocks:
-            x, made = self.run(block, x, emb, text)                             # (B, c, h / 2, w / 2)
-            skips += made
+            x, block_skips = self.run(block, x, emb, text)                      # (B, c, h / 2, w / 2)
+            skips += block_skips
         x = self.run(self.mid_block, x, emb, text)                              # (B, c, h, w)
         for block in self.up_blocks:
-            taken = [skips.pop() for _ in block.resnets]                        # the latest first
-            size = skips[-1].shape[2:] if skips else None                       # of the next skip: any size comes back
-            x = self.run(block, x, taken, size, emb, text)                      # (B, c, 2 * h, 2 * w)
+            block_skips = [skips.pop() for _ in block.resnets]                  # the latest first
+            size = skips[-1].shape[2:] if skips else None                       # of the next skip: h or w may be odd
+            x = self.run(block, x, block_skips, size, emb, text)                # (B, c, *size)
         with torch.autocast(x.device.type, enabled=False):                      # see signal_ode.clean_prediction
             x = F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype)))    # (B, c_0, h, w)
             return self.conv_out(x)                                             # (B, out, h, w)
 
+    def check_inputs(self, **inputs):
+        given = {name for name, value in inputs.items() if value is not None}
+        takes = {name for key, name in UNET_INPUTS.items() if self.config.get(key)}
+        if given != takes:
+            raise ValueError(f"this network takes {sorted(takes)}, not {sorted(given)}")
+
     def embed(self, t, target, guidance, label):
-        """Everything that the network is told as one vector a sample: (B,) each -> (B, 4 * c_0)."""
-        config = self.config
-        takes_target = config.get("class_embed_type") or config.get("target_embed_type")
-        for name, takes, value in (("target", takes_target, target), ("label", config.get("num_class_embeds"), label),
-                                   ("guidance", config.get("time_cond_proj_dim"), guidance)):
-            if bool(takes) != (value is not None):
-                raise ValueError(f"this network takes {'a' if takes else 'no'} {name}: a student takes the target "
-                                 "time, and guidance if trained for a range; classes take a label")
+        """The sum of the embeddings of time, guidance, label and target time, (B,) each -> (B, 4 * c_0)."""
         if guidance is not None:
-            guidance = guidance_sinusoid(guidance, config["time_cond_proj_dim"])
+            guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
         emb = self.time_embedding(self.sinusoid(t), guidance)
         if label is not None:
             emb = emb + self.class_embedding(label)
         if target is not None:
-            target_embedding = self.get_submodule(target_name(config))
+            target_embedding = self.get_submodule(f"{target_slot(self.config)}_embedding")
             emb = emb + target_embedding(self.sinusoid(target))
         return emb
 
     def run(self, block, *inputs):
-        """block(*inputs), kept for the way back or, with checkpointing, computed again then: memory for time."""
+        """block(*inputs). With checkpointing its activations are not kept but recomputed in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -485,7 +488,7 @@ class TextLayer(nn.Module):
         width, hidden = config["hidden_size"], config["intermediate_size"]
         eps = config.get("layer_norm_eps", 1e-5)
         self.heads = config["num_attention_heads"]
-        self.quick = config.get("hidden_act", "quick_gelu") == "quick_gelu"
+        self.quick_gelu = config.get("hidden_act", "quick_gelu") == "quick_gelu"    # in SD 1.5; SD 2.1 has gelu
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.self_attn = nn.ModuleDict(
             {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
@@ -497,7 +500,7 @@ class TextLayer(nn.Module):
         h = attend(attn["q_proj"](h), attn["k_proj"](h), attn["v_proj"](h), self.heads, causal=True)
         x = x + attn["out_proj"](h)                                             # (B, L, D)
         h = self.mlp["fc1"](self.layer_norm2(x))                                # (B, L, hidden)
-        h = h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h)           # SD 1.5 has the quick one, 2.1 not
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)      # (B, L, hidden)
         return x + self.mlp["fc2"](h)                                           # (B, L, D)
 
 class TextEncoder(nn.Module):

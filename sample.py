@@ -21,16 +21,14 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     option = p.add_argument
     option("--student", type=Path, default=TINY / "student", help="what train.py wrote (default: the shipped one)")
-    option("--teacher", help="its teacher, where the folder it was made from has moved")
+    option("--teacher", help="its teacher's folder, if that has moved since the training")
     option("--prompt", action="append", default=[], help="may be given several times")
-    option("--label", action="append", default=[], help="class of a class-conditional teacher, its name or number; "
-           "may be given several times")
+    option("--label", action="append", default=[], help="a class, its name or number; may be given several times")
     option("--prompts", type=Path, help="text file, one prompt or label a line")
     option("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
-    option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM in so many steps, "
-           "left of the student's picture")
+    option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
     option("--out", type=Path, default=Path("samples"), help="folder for the PNG files; those of the same seeds are "
            "replaced (default: %(default)s)")
     option("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
@@ -42,8 +40,8 @@ def parse_args():
 def check(args, prompts, teacher):
     """Raise BadInput for options out of range, and for prompts that the teacher does not take."""
     takes = f"--{teacher.takes}" if teacher.takes else "neither --prompt nor --label"
-    wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[teacher.takes]
-    if wrong:
+    if (args.label and teacher.takes != "label") or (args.prompt and teacher.takes != "prompt") or (
+            prompts and teacher.takes is None):
         raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
     if teacher.takes and not prompts:
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
@@ -87,8 +85,8 @@ def main():
                 pictures.append(picture)
             print(f"{path}  {text}")
     if args.grid:
-        columns = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
-        grid = image_grid([pictures[k:k + columns] for k in range(0, len(pictures), columns)], 96)
+        across = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
+        grid = image_grid([pictures[k:k + across] for k in range(0, len(pictures), across)], 96)
         write_file(args.out / "grid.png", functools.partial(grid.save, format="PNG"))
         print(args.out / "grid.png")
 

@@ -15,11 +15,12 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
     lam_t             log(sigma_t / alpha_t), grows with t
     r                 exp(lam_s - lam_t) = sigma_s * alpha_t / (alpha_s * sigma_t), in [0, 1)
     g                 the student, g(eps, t): one forward pass that predicts y_t
+    i, x_i            the fixed time at which the student reads its input, and that input, sigma_i * eps
     w                 guidance scale; w = 1 is no guidance
 
-Times are int64 tensors of shape (B,) or plain ints; samples are tensors (B, ...) in float32 or better. A condition is
-all that a network is told beside sample and time, by name ({"text": ...}, {"label": ...}, or nothing): the functions
-here pass it on as it is.
+Times are int64 tensors (B,) or ints; samples are float32 or float64 tensors (B, ...); || . ||^2 is the mean over a
+sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ..., "w": ...} or
+{"label": ...}; the functions here pass it on unread.
 """
 
 import math
@@ -43,10 +44,10 @@ class Schedule:
         self.tables = {torch.device("cpu"): (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())}
 
     def on_device_of(self, t):
-        """The tables of alpha and sigma on the device of t, where they are copied once."""
+        """The tables (alpha, sigma) on the device of t; they are copied there the first time that it is seen."""
         device = t.device if torch.is_tensor(t) else torch.device("cpu")
         if device not in self.tables:
-            dtype = torch.float32 if device.type == "mps" else torch.float64                # Apple's have no float64
+            dtype = torch.float32 if device.type == "mps" else torch.float64                # Apple's GPUs lack float64
             self.tables[device] = tuple(table.to(device, dtype) for table in self.tables[torch.device("cpu")])
         return self.tables[device]
 
@@ -63,7 +64,7 @@ class Schedule:
         return (self.sigma(t) / self.alpha(t)).log()
 
     def index(self, t):
-        """The timestep index by which a network knows our time t, 1..T: 0..T - 1. The clean end t = 0 has none."""
+        """The timestep index that the published networks take, 0..T - 1, at time t, 1..T. Time 0 has none."""
         return t - 1
 
     def grid(self, num_steps):
@@ -74,7 +75,7 @@ class Schedule:
 
 def noise_rates(config, T):
     """beta_1 .. beta_T, float64 (T,), of a scheduler's config: the noise that each step of training time adds."""
-    if "_class_name" in config and not {"beta_start", "trained_betas"} & set(config):
+    if "_class_name" in config and "beta_start" not in config and "trained_betas" not in config:
         raise ValueError(f"_class_name {config['_class_name']!r} is not supported: it has no betas")
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
@@ -95,8 +96,8 @@ def noise_rates(config, T):
 
 def like(coefficient, x):
     """A coefficient, () or (B,), with the device, the precision and the dimensions to multiply samples x (B, ...)."""
-    coefficient = torch.as_tensor(coefficient).to(x.device, x.dtype)
-    return coefficient.view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+    coefficient = torch.as_tensor(coefficient, dtype=x.dtype, device=x.device)
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 def clean_prediction(out, x_t, t, schedule):
     """f, the clean sample that a network's raw output at (x_t, t) stands for: epsilon, v or sample prediction.
@@ -112,8 +113,7 @@ def clean_prediction(out, x_t, t, schedule):
 
 def guide(f_cond, f_uncond, w):
     """Classifier-free guidance of clean predictions (Ho & Salimans 2022). w: float or (B,); 1 is none."""
-    w = like(w, f_cond) if torch.is_tensor(w) else w
-    return f_uncond + w * (f_cond - f_uncond)
+    return f_uncond + like(w, f_cond) * (f_cond - f_uncond)
 
 def signal(x_t, eps, t, schedule):
     """y_t, the signal part of x_t."""
@@ -155,7 +155,7 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
         state = states[-1]
         x_t = state if space == "x" else noisy(state, eps, t, schedule)
         f = denoise(x_t, t, **condition)
-        if solver == "heun" and s > 0:                      # at s = 0 there is no f, and f at t alone is exact (r = 0)
+        if solver == "heun" and s > 0:                      # at s = 0 the step ends in f: there is no second one
             predicted = step(state, f, t, s, schedule)
             x_s = predicted if space == "x" else noisy(predicted, eps, s, schedule)
             f = (f + denoise(x_s, s, **condition)) / 2
@@ -165,8 +165,8 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
 def student_signal(network, eps, t, i, schedule, **condition):
     """g(eps, t): one pass of the teacher's network at a fixed input time i, which is also told the target time t.
     network: callable (x_i, i, t, **condition) -> raw output. The output means what the teacher's does at (x_i, i), so
-    that before training g(eps, t) == f(sigma_i * eps, i) for every t. The paper has i = T. A smaller i spares the
-    network the task of reproducing eps exactly, whose error 1 / alpha_i would amplify."""
+    that before training g(eps, t) == f(sigma_i * eps, i) for every t. The paper has i = T. There an epsilon network
+    must reproduce eps almost exactly, because 1 / alpha_T multiplies its error; a smaller i avoids that."""
     x_i = like(schedule.sigma(i), eps) * eps
     return clean_prediction(network(x_i, i, t, **condition), x_i, i, schedule)
 
@@ -174,13 +174,13 @@ def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler", **co
     """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s. No gradient. (B, ...)
     student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
     check_solver(solver)
-    with torch.no_grad():                       # by the same weights: the boundary loss holds y in place
+    with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
         f = teacher(noisy(y_t, eps, t, schedule), t, **condition)
         if solver == "heun":
             y_s = signal_step(y_t, f, t, s, schedule)
-            f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1), **condition)        # s = 0 is not used below
-            f = torch.where(like(s > 0, f).bool(), (f + f_s) / 2, f)
+            f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1), **condition)        # networks have no time 0
+            f = torch.where(like(s, f) > 0, (f + f_s) / 2, f)                               # s = 0 keeps f: see solve
         return signal_step(y_t, f, t, s, schedule)
 
 def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight=1.0, **condition):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from checkpoint import (TINY, WEIGHTS, BadInput, build, fetch_id, load_module, read_json, read_tensors, resolve,
                         weight_files, write_file, write_json)
-from model import UNet, target_name
+from model import UNet, target_slot
 from signal_ode import student_signal
 from teacher import Teacher
 
@@ -41,7 +41,7 @@ class Student:
         return self.network(x_i, index, target=t, **condition)
 
     def pick_guidance(self, w=None):
-        """The scale to use when w is asked for (None: no wish). Raises BadInput where it wasn't trained."""
+        """w if this student was trained for it, or BadInput. None: the scale built in, or the middle of its range."""
         lo, hi = self.guidance if self.ranged else (self.guidance, self.guidance)
         if w is not None and not lo <= w <= hi:
             allowed = f"{lo} to {hi}" if self.ranged else f"{lo}, which is built in"
@@ -50,20 +50,20 @@ class Student:
 
 def new_student(teacher, input_time, guidance):
     """A student that equals its teacher before training: g(eps, t) = f(sigma_i * eps, i), for every t and w. float32.
-    It has the teacher's weights and an embedding of the target time, which starts as the teacher's of time with its
-    last layer zero; for a range of guidance, that of w starts as zero."""
-    files, ranged = weight_files(teacher.unet_folder), isinstance(guidance, list)
+    It has the teacher's weights and an embedding of the target time: a copy of the teacher's time embedding whose last
+    layer is zero. For a range of guidance it also has a projection of w's embedding, which is zero."""
+    files = weight_files(teacher.unet_folder)
     config = read_json(teacher.unet_folder / "config.json")
-    target_embedding = target_name(config)
-    config[target_embedding.replace("embedding", "embed_type")] = "timestep"
+    slot = target_slot(config)
+    config[f"{slot}_embed_type"] = "timestep"
     tensors, _ = read_tensors(files, teacher.device, torch.float32)
     for kind in ("weight", "bias"):
-        first, last = tensors[f"time_embedding.linear_1.{kind}"], tensors[f"time_embedding.linear_2.{kind}"]
-        tensors[f"{target_embedding}.linear_1.{kind}"] = first.clone()
-        tensors[f"{target_embedding}.linear_2.{kind}"] = torch.zeros_like(last)
-    if ranged:
-        config["time_cond_proj_dim"] = 256
-        tensors["time_embedding.cond_proj.weight"] = first.new_zeros(config["block_out_channels"][0], 256)
+        tensors[f"{slot}_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
+        tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
+    if isinstance(guidance, list):
+        config["time_cond_proj_dim"] = 256                  # the width that latent consistency models have
+        zeros = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
+        tensors["time_embedding.cond_proj.weight"] = zeros
     return Student(build(UNet, config, tensors, files[0]), teacher, input_time, guidance)
 
 def save_student(folder, student, dtype=torch.float32):
@@ -82,7 +82,7 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
     teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or one of
     another teacher."""
-    folder = Path(folder) if Path(folder).is_dir() else fetch_id(folder) or Path(folder)
+    folder = Path(folder) if Path(folder).is_dir() else Path(fetch_id(folder) or folder)
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
     if not (folder / "student.json").exists():
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")

@@ -40,14 +40,14 @@ def pick_device(name=None):
 def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
     """The frozen teacher of a name, hub id or folder in the diffusers layout. Raises BadInput, one sentence."""
     teacher = Teacher(*resolve(spec), device, dtype)
-    teacher.unet                                            # read now, so that what is wrong with it is said now
+    teacher.unet                                            # loads it now, so that a broken file is reported now
     return teacher
 
 class Teacher:
     """A diffusion model, frozen: of text and latents (Stable Diffusion), or of pixels, with classes or without (DDPM).
     .schedule: Schedule. .clip: clean predictions lie within [-clip, clip], or None. .shape: of a sample, (C, h, w).
     .unet, and if it sees text .vae, .text_encoder and .tokenizer: its parts. .labels: name -> number of its classes.
-    .takes: what the commands call its prompts, "prompt", "label" or, if it sees none, None. .uncond: the condition that
+    .takes: the option of its condition, "prompt" or "label", or None if it has none. .uncond: the condition that
     guidance leads away from, or None. .spec: what load_teacher takes again. .fingerprint: tells teachers apart."""
 
     def __init__(self, folder, spec, device, dtype):
@@ -106,8 +106,7 @@ class Teacher:
         numbers = {str(k): k for k in self.labels.values()} | self.labels
         if name not in numbers:
             known = [name for name in self.labels if name]
-            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-            listed = ", ".join(known[:20]) + more
+            listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
             raise BadInput(f"teacher {self.spec} has no class {name!r}: {listed}, or their numbers")
         return numbers[name]
 
@@ -141,7 +140,7 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents):
         """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels."""
-        if self.vae is not None:                            # so many at once: one of 768 pixels a side, four of 512
+        if self.vae is not None:                            # in parts that fit: one image of 768x768, four of 512x512
             parts = latents.split(max(1, 2**16 // latents[0].numel()))
             latents = torch.cat([self.vae.decode(part) for part in parts])
         return latents.float().clamp(-1, 1)
@@ -171,7 +170,7 @@ def read_unet_config(folder):
     config = read_json(where)
     pixel, channels = is_pixel(config), config.get("in_channels")
     for key, good, wanted in (
-            ("in_channels", channels == 3 or channels and not pixel, "3, or any number where there is a VAE"),
+            ("in_channels", channels == 3 if pixel else channels, "3, or any number where there is a VAE"),
             ("out_channels", config.get("out_channels") == channels, f"in_channels, {channels}"),
             ("sample_size", isinstance(config.get("sample_size"), int), "a whole number"),
             ("num_class_embeds", pixel or not config.get("num_class_embeds"), "null beside text")):
@@ -185,16 +184,17 @@ def read_unet_config(folder):
 
 def read_labels(folder, num):
     """{name: number} of the classes. model_index.json may name them, as DiT's does; "" stands for none of them."""
-    index, labels = folder / "model_index.json", {}
-    names = (read_json(index).get("id2label") if index.exists() else None) or {}
+    path = folder / "model_index.json"
+    index = read_json(path) if path.exists() else {}
+    names, labels = index.get("id2label") or {}, {}
     for k in range(num):
         name = names.get(str(k), str(k))
-        labels[f"{name} ({k})" if name in labels else name] = k     # ImageNet has two classes of cranes
+        labels[f"{name} ({k})" if name in labels else name] = k     # ImageNet has two classes named crane
     return labels
 
 def fingerprint(paths, schedule, clip):
     """A short hash of the schedule and of the first weights of every tensor in the files of U-Net and text encoder.
-    A file in half precision is the same teacher, and so is one with another VAE."""
+    It is the same for files in half precision, and does not depend on the VAE."""
     alphas = schedule.alpha(torch.arange(schedule.T + 1)).mul(1e6).round().tolist()
     digest = hashlib.sha256(f"{schedule.prediction} {clip} {alphas}".encode())
     some = {}

@@ -43,9 +43,9 @@ def cut(text, tokens):
 
 def merge(word, rank):
     """Byte-pair encoding: merge the pair of lowest rank, everywhere from left to right, until no pair has a rank.
-    word: str of visible characters; rank: (str, str) -> int. Returns its parts, a list of str. Each part knows its
-    neighbours and each rank its places, so that no round reads all of a long word: a megabyte takes seconds."""
-    parts = [*word[:-1], word[-1] + "</w>", ""]         # the empty part, in no pair, closes the others to a ring
+    word: str of visible characters; rank: (str, str) -> int. Returns its parts, a list of str. The parts are a
+    linked list, and places has each rank's pairs, so that a merge does not scan the word: a megabyte takes seconds."""
+    parts = [*word[:-1], word[-1] + "</w>", ""]         # a last, empty part, which is in no pair, ends the list
     before = [len(word), *range(len(word))]
     after = [*range(1, len(word) + 1), 0]
     places = {}                                         # rank -> where the pair of this rank begins
@@ -97,9 +97,9 @@ class Tokenizer:
         self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in special)
 
         # A special token is looked for in the prompt as it is written or, if its entry says so, normalized.
-        loose = {token["content"]: token.get("normalized", False) for token in added.values() or special}
-        self.exact = {token: self.vocab[token] for token in loose if not loose[token]}
-        self.loose = {normalize(token): self.vocab[token] for token in loose if loose[token]}
+        normalized = {token["content"]: token.get("normalized", False) for token in added.values() or special}
+        self.exact = {token: self.vocab[token] for token in normalized if not normalized[token]}
+        self.loose = {normalize(token): self.vocab[token] for token in normalized if normalized[token]}
 
     @classmethod
     def from_folder(cls, folder):
@@ -141,7 +141,7 @@ class Tokenizer:
                 if text in self.loose:
                     ids.append(self.loose[text])
                     continue
-                # Like the reference: "<|endoftext|>" is cut out even where it is no special token, then split.
+                # PIECE, like the reference, isolates "<|endoftext|>" in ordinary text, too; WORD then splits it.
                 for piece in PIECE.findall(text):
                     for word in WORD.findall(piece):
                         visible = word.encode().decode("latin-1").translate(VISIBLE)

@@ -35,9 +35,9 @@ from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, to_pil, training_prompts
 
-INPUT_NOISE = 2.27                                          # sigma_i / alpha_i at an epsilon student's input time i
-BINS = 4                                                    # the bootstrap loss is logged by quarter of the time
-BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: f(eps, T) is easily learned, but costs as much
+INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
+BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
+BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1200, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
@@ -131,7 +131,8 @@ def split_batch(args, world):
     return local_batch, micro_batch
 
 def settle(args, teacher):
-    """Fill in the options whose default is the teacher's to say, and check those that it limits. Raises BadInput."""
+    """Fill in the options whose default depends on the teacher, and check those whose limits do. Raises BadInput."""
+    teacher.set_negative_prompt(args.negative_prompt)       # first: it may be what makes guidance possible
     T, schedule = teacher.schedule.T, teacher.schedule
     if args.input_time is None:
         quieter = (schedule.lam(torch.arange(1, T)) < math.log(INPUT_NOISE)).sum().item()
@@ -141,7 +142,6 @@ def settle(args, teacher):
     for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
         if not 1 <= value <= T:
             raise BadInput(f"{name} {value} is not supported: 1 to {T}")
-    teacher.set_negative_prompt(args.negative_prompt)
 
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noise, time, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
@@ -151,7 +151,7 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
     for i in samples:
         digest = hashlib.blake2b(f"{seed} {step} {i}".encode(), digest_size=8).digest()
-        rng = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        rng = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)     # 63 bits: seeds are signed
         eps.append(torch.randn(shape, generator=rng))
         t.append(torch.randint(1, T + 1, (), generator=rng))
         prompt.append(torch.randint(num_prompts, (), generator=rng).item())
@@ -163,7 +163,7 @@ def select(condition, rows):
     return {name: value[rows] for name, value in condition.items()}
 
 def autocast(device, dtype):
-    """Passes in dtype. No cache of cast weights: those of a pass without gradient would serve the pass with one."""
+    """Mixed precision. Cast weights are not cached: casts made under no_grad would be reused, and give no gradient."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 def learning_rate(step, args):
@@ -173,7 +173,7 @@ def learning_rate(step, args):
 
 def new_optimizer(params, lr, device):
     """AdamW whose moments exist from the start, so that resume has tensors to fill."""
-    # fused, because the default on a GPU takes another 4 bytes a parameter for a moment
+    # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0, device=device),
@@ -181,7 +181,7 @@ def new_optimizer(params, lr, device):
     return optimizer
 
 def training_state(network, ema, optimizer):
-    """All tensors that resume needs, by name: weights, average, Adam's moments. No generator: see draw."""
+    """All tensors that resume needs, by name: weights, average, Adam's moments. Random numbers need none: see draw."""
     state = {f"ema.{name}": p for name, p in ema.named_parameters()} if ema is not network else {}
     for name, p in network.named_parameters():
         state[f"network.{name}"] = p.detach()
@@ -218,7 +218,7 @@ def check_config(path, config):
                        "repeat its options or choose another --out")
 
 def rewind_log(path, step):
-    """Drop what a killed run logged beyond its last checkpoint; returns the seconds that it took up to there."""
+    """Drop the lines that a killed run logged after its last checkpoint. Returns its seconds up to that checkpoint."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]                    # the last one may be torn
     kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -236,12 +236,12 @@ def paint(sampler, teacher, eps, condition, micro_batch):
     return images
 
 def warn_once(message, *_):
-    """Of warnings that begin alike the first is enough: a file of prompts may have thousands too long."""
+    """Print a warning and silence those that begin alike: a prompt file may have thousands of prompts that are cut."""
     print(f"warning: {message} (others like it are not shown)", file=sys.stderr)
     warnings.filterwarnings("ignore", re.escape(str(message)[:20]))
 
 class Stop:
-    """The handler of SIGTERM and Ctrl-C: the loop saves after its present step, and ends."""
+    """Handler of SIGTERM and Ctrl-C. It only sets a flag: the loop finishes its step, saves and ends."""
     asked = False
 
     def __call__(self, *_):
@@ -256,7 +256,7 @@ def main():
     device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = PRECISION[args.precision]
-    grad_scale = 2.0**10 if args.precision == "fp16" else 1.0               # lest small gradients vanish
+    grad_scale = 2.0**10 if args.precision == "fp16" else 1.0               # fp16 flushes less than 6e-8 to zero
     warnings.showwarning = warn_once if rank == 0 else lambda *_: None
     if world > 1:
         if device.type == "cuda":
@@ -269,36 +269,39 @@ def main():
     settle(args, teacher)
     prompts = training_prompts(teacher, args.prompts)
     schedule, delta = teacher.schedule, round(teacher.schedule.T / args.num_steps)
+    num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))                # samples of a step with a boundary loss
     config = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
     config |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
     check_config(args.out / "config.json", config)
 
-    # ---- Student: the one that learns, and the one that is kept, whose weights are the average of the first one's
-    student = averaged = new_student(teacher, args.input_time, args.guidance)
+    # ---- Student: the network that is trained, and the one that is saved, the moving average (ema) of its weights
+    student = new_student(teacher, args.input_time, args.guidance)
+    averaged = student                                                      # with --ema 0 they are the same
+    if args.ema:
+        averaged = Student(copy.deepcopy(student.network), teacher, args.input_time, args.guidance)
     student.network.requires_grad_(True)
     student.network.checkpointing = args.grad_checkpointing
     params = list(student.network.parameters())
-    if args.ema:
-        ema = copy.deepcopy(student.network).requires_grad_(False)
-        averaged = Student(ema, teacher, args.input_time, args.guidance)
     optimizer = new_optimizer(params, args.lr, device)
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, averaged.network, optimizer)
-    start = torch.tensor(resume(args.out / "state" / "state.safetensors", state) if rank == 0 else 0, device=device)
+    saved_step = torch.zeros((), dtype=torch.int64, device=device)
+    if rank == 0:
+        saved_step.fill_(resume(args.out / "state" / "state.safetensors", state))
     if world > 1:
-        for tensor in (start, *state.values()):
+        for tensor in (saved_step, *state.values()):
             dist.broadcast(tensor, 0)
-    start = done = start.item()
+    start = done = saved_step.item()
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     if rank == 0:
-        told = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
+        resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{told}", flush=True)
+              f"once{resuming}", flush=True)
     if args.dry_run:
         return
     stop = Stop()
@@ -334,35 +337,34 @@ def main():
             s = (t - delta).clamp(min=0)
             condition = teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
-                condition["w"] = w                          # without it, the teacher needs no second pass
+                condition["w"] = w                          # w = 1 needs no unconditional pass
 
             # losses: L = L_BS + beta * L_BC, each backward on its own, so that one graph is in memory at a time
             weight = (1 - contraction(t, s, schedule)).float() ** args.weight
             with autocast(device, dtype):
                 L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight, **condition)
             (grad_scale / args.batch * L_BS.sum()).backward()
-            bins = schedule.index(t) * BINS // schedule.T
+            bins = schedule.index(t) * BINS // schedule.T       # (micro_batch,): times 1..T to 0..BINS - 1
             log["bootstrap"].index_add_(0, bins, L_BS.detach())
             log["count"].index_add_(0, bins, torch.ones_like(w))
-            ends = [n for n, i in enumerate(samples) if i % BOUNDARY_EVERY == 0]
-            if ends and args.boundary_weight:
+            rows = [row for row, sample in enumerate(samples) if sample % BOUNDARY_EVERY == 0]
+            if rows and args.boundary_weight:
                 with autocast(device, dtype):
-                    L_BC = boundary_loss(student, teacher.denoise, eps[ends], schedule, **select(condition, ends))
-                L_BC = L_BC.sum() / len(range(0, args.batch, BOUNDARY_EVERY))
-                (grad_scale * args.boundary_weight * L_BC).backward()
-                log["boundary"] += L_BC.detach()
+                    L_BC = boundary_loss(student, teacher.denoise, eps[rows], schedule, **select(condition, rows))
+                (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
+                log["boundary"] += L_BC.detach().sum() / num_boundary
 
-        # reduce: every process, every step, and no collective in a branch that only some of them take
+        # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
         if world > 1:
             for tensor in (*log.values(), *(p.grad for p in params)):
                 dist.all_reduce(tensor)
 
         # step
-        if grad_scale > 1:
-            for p in params:
-                p.grad.div_(grad_scale)
+        for p in params:
+            p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        bootstrap, boundary = log["bootstrap"].sum().item() / args.batch, log["boundary"].item()
+        bootstrap = log["bootstrap"].sum().item() / args.batch
+        boundary = log["boundary"].item()
         if not math.isfinite(bootstrap + boundary + norm):
             raise BadInput(f"the loss is not finite at step {step} (times {t[:16].tolist()}, guidance "
                            f"{[round(v, 2) for v in w[:16].tolist()]}, ...); what {args.out} holds is whole: "
@@ -372,12 +374,13 @@ def main():
 
         # average
         if args.ema:
-            with torch.no_grad():
-                for a, p in zip(averaged.network.parameters(), params):
-                    a.lerp_(p, 1 - min(args.ema, done / (done + 9)))
+            ema_decay = min(args.ema, done / (done + 9))    # shorter memory at first, to forget the untrained weights
+            for average, p in zip(averaged.network.parameters(), params):
+                average.lerp_(p.detach(), 1 - ema_decay)
 
         # log
-        last, stopping = done == args.steps, log["stop"].item() > 0
+        last = done == args.steps
+        stopping = log["stop"].item() > 0
         if rank == 0 and (done % 10 == 0 or last):
             bar.set_postfix(bootstrap=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
@@ -405,8 +408,8 @@ def main():
         print(f"stopped at step {done}; the same command goes on")
     elif rank == 0:
         out = shlex.quote(str(args.out))
-        told = f" --{teacher.takes} {shlex.quote(prompts[0])}" if teacher.takes else ""
-        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{told}")
+        prompt = f" --{teacher.takes} {shlex.quote(prompts[0])}" if teacher.takes else ""
+        print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{prompt}")
         if is_embedded(args.teacher):
             print(f"  python -m tools.evaluate --student {out}")
 
