@@ -126,10 +126,10 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(folder):
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3])
 
 
-@pytest.mark.parametrize("alphabet", ["a", "abcdefghijklmnopqrstuvwxyz", "日本語", "a1!"])
+@pytest.mark.parametrize("alphabet", ["a", "abcdefghijklmnopqrstuvwxyz", "日本語a1!"])
 def test_a_megabyte_without_spaces_takes_seconds(folder, alphabet):
     tokenizer = Tokenizer.from_folder(folder("sd15"))
-    megabyte = "".join(random.Random(0).choices(alphabet, k=1_000_000 // len(alphabet[0].encode())))
+    megabyte = "".join(random.Random(0).choices(alphabet, k=1_000_000))
     start = time.process_time()
     with pytest.warns(UserWarning, match="prompt cut"):
         tokenizer([megabyte])
@@ -189,9 +189,10 @@ def test_any_text_gets_the_reference_ids(folder, name, count):
 
 def test_every_character_gets_the_reference_ids(folder):
     # Between a sign and a letter it shows whether it is a letter, a number or neither, and its lower case; between a
-    # letter and two marks, how it composes. Private characters and ideographs, four fifths of all, are alike: one in
-    # twenty will do.
-    alike = [char for char in KNOWN if unicodedata.category(char) == "Co" or "IDEOGRAPH-" in unicodedata.name(char, "")]
+    # letter and two marks, how it composes. Private characters, ideographs and Korean syllables, five sixths of all,
+    # are alike: one in twenty will do.
+    alike = [char for char in KNOWN if unicodedata.category(char) == "Co"
+             or unicodedata.name(char, "").startswith(("CJK UNIFIED", "TANGUT IDEO", "HANGUL SYLL"))]
     chars = sorted(set(KNOWN) - set(alike)) + alike[::20]
     assert_same_ids(folder("sd15"), [f"!{char}a e{char}\u0323\u0301" for char in chars])
 
