@@ -360,8 +360,9 @@ def main():
                 dist.all_reduce(tensor)
 
         # step
-        for p in params:
-            p.grad.div_(grad_scale)
+        if grad_scale != 1:
+            for p in params:
+                p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         bootstrap = log["bootstrap"].sum().item() / args.batch
         boundary = log["boundary"].item()
