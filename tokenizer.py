@@ -23,7 +23,9 @@ VISIBLE = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161),
 OTHER_NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{OTHER_NUMBERS}]+|[\d{OTHER_NUMBERS}]|[\W_]+")
 PIECE = re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{WORD.pattern}")
-CHUNK = re.compile(r"[\S\x1c-\x1f]+")   # Python takes these four controls for white space, the reference does not
+BLANKS = re.compile(r"[^\S\x1c-\x1f]+")  # Python takes these four controls for white space, the reference does not
+CHUNK = re.compile(r"[\S\x1c-\x1f]+")
+WHOLE = re.compile(r".+", re.DOTALL)    # a chunk is the whole text where an added token holds a blank
 
 # Text without the combining marks that came after Unicode 9. The reference composes by Unicode 9, which does not
 # know them: it never moves them, and never composes a letter with another mark that stands behind one of them.
@@ -33,13 +35,14 @@ NO_NEW_MARK = re.compile(
     r"\U00016ff0-\U00016ff1\U0001e130-\U0001e2ef]+")
 
 def normalize(text):
-    """Composed (NFC) and lower-cased character by character: "ΟΣ".lower() ends in ς, the reference's in σ."""
+    """Composed (NFC), with one space for blanks, lower-cased a character at a time: "ΟΣ".lower() has ς, CLIP σ."""
     composed = NO_NEW_MARK.sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
-    return "".join(map(str.lower, composed))
+    return "".join(map(str.lower, BLANKS.sub(" ", composed)))
 
 def cut(text, tokens):
-    """The parts of a text: the tokens that are written in it and what is between them."""
-    return re.split("(" + "|".join(map(re.escape, tokens)) + ")", text) if tokens else [text]
+    """The parts of a text: the tokens that are written in it, of those that begin alike the longest, and the rest."""
+    longest = sorted(tokens, key=len, reverse=True)
+    return re.split("(" + "|".join(map(re.escape, longest)) + ")", text) if tokens else [text]
 
 def merge(word, rank):
     """Byte-pair encoding: merge the pair of lowest rank, everywhere from left to right, until no pair has a rank.
@@ -68,50 +71,89 @@ def merge(word, rank):
                     places.setdefault(rank[pair], []).append(left)
     return [part for part in parts if part]
 
-def read(path, parse):
-    """The file's text, parsed. Raises ValueError, with the file's name, if it is missing or broken."""
+def read(path, parse, default=None):
+    """The file's text, parsed; the default, if there is one, for a missing file. Raises ValueError, with the file's
+    name, if it is missing or broken."""
+    if default is not None and not path.exists():
+        return default
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
 
+NAMED = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+         "pad_token": "<|endoftext|>"}
+
+def special_tokens(config):
+    """The entries {"content": str, ...} of the tokens that a config names: those of NAMED, then any others."""
+    others = [name for name in config if name.endswith("_token") and name not in NAMED]
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    tokens = [*(config.get(name) or NAMED[name] for name in NAMED), *(config[name] for name in others), *more]
+    tokens = [{"content": token} if isinstance(token, str) else token for token in tokens]
+    return [{**token, "special": True} for token in tokens if isinstance(token, dict)]      # not add_bos_token: true
+
 class Tokenizer:
-    """B prompts -> ids (B, length), int64. Special tokens that are written in a prompt count as such.
-    A prompt that is too long is cut, with a warning that shows its text from the cut on. vocab: token -> id; merges:
-    pairs of tokens, by rank; config: tokenizer_config.json, updated with special_tokens_map.json. Raises ValueError
-    if vocab lacks one of their tokens."""
+    """B prompts -> ids (B, length), int64. Special and added tokens that are written in a prompt count as such.
+    A prompt that is too long is cut, with a warning that shows what was cut. vocab: token -> id; merges: pairs of
+    tokens, by rank; config: tokenizer_config.json with everything that its folder says of special and added tokens.
+    Raises ValueError if they don't belong together."""
 
     def __init__(self, vocab, merges, config):
-        added = config.get("added_tokens_decoder", {})              # id -> token, in newer folders
-        self.vocab = vocab | {token["content"]: int(i) for i, token in added.items()}
+        self.vocab = dict(vocab)
         self.rank = {pair: rank for rank, pair in enumerate(merges)}
         self.length = config.get("model_max_length", 77)
         self.cache = {}                                             # chunk -> ids, as prompts repeat their words
 
-        special = [config.get("bos_token") or "<|startoftext|>"]
-        special += [config.get(name) or "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")]
-        special = [{"content": token} if isinstance(token, str) else token for token in special]
-        for token in [token["content"] for token in special] + ["".join(pair) for pair in merges]:
-            if token not in self.vocab:
+        added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+        special = special_tokens(config)
+        entries = {added[index]["content"]: added[index] for index in sorted(added)}
+        for token in [token["content"] for token in special[:len(NAMED)]] + ["".join(pair) for pair in merges]:
+            if token not in vocab and token not in entries:
                 raise ValueError(f"the tokenizer's files don't belong together: vocab.json has no {token!r}")
-        self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in special)
+        entries |= {token["content"]: token for token in special if token["content"] not in entries}
+        for token in entries:
+            self.vocab.setdefault(token, len(self.vocab))           # new ones are numbered as the reference does
+        numbers = {token["content"]: index for index, token in added.items()}
+        for name, token in entries.items():
+            number = numbers.get(name, self.vocab[name])
+            if number != self.vocab[name] or token.get("single_word") or name != name.strip():
+                raise ValueError(f"the added token {name!r}, {number}, is not supported: with the next free number, "
+                                 f"{self.vocab[name]}, without single_word, without blanks at its ends")
+        self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in special[:len(NAMED)])
 
-        # A special token is looked for in the prompt as it is written or, if its entry says so, normalized.
-        normalized = {token["content"]: token.get("normalized", False) for token in added.values() or special}
+        # A token is looked for in the prompt as it is written or, if its entry says so, normalized.
+        normalized = {name: token.get("normalized", not token.get("special")) for name, token in entries.items()}
         self.exact = {token: self.vocab[token] for token in normalized if not normalized[token]}
         self.loose = {normalize(token): self.vocab[token] for token in normalized if normalized[token]}
+        self.chunk = WHOLE if any(re.search(r"\s", token) for token in entries) else CHUNK
 
     @classmethod
     def from_folder(cls, folder):
-        """From vocab.json, merges.txt, tokenizer_config.json and, if there, special_tokens_map.json, which wins
-        (SD 2.1 pads with "!"). Raises ValueError, with the file's name, if one is missing or broken."""
+        """From tokenizer_config.json and either tokenizer.json, which transformers 5 writes, or vocab.json, merges.txt.
+        Where the config has no added_tokens_decoder, special_tokens_map.json (SD 2.1 pads with "!"),
+        added_tokens.json and tokenizer.json say what it lacks, as they do to the reference, if they are there.
+        Raises ValueError, with the file's name, if a file is missing or broken."""
         folder = Path(folder)
         config = read(folder / "tokenizer_config.json", json.loads)
-        if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").exists():
-            config |= read(folder / "special_tokens_map.json", json.loads)
-        lines = read(folder / "merges.txt", str.splitlines)
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return cls(read(folder / "vocab.json", json.loads), merges, config)
+        whole = read(folder / "tokenizer.json", json.loads, {})
+        if whole:
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        else:
+            vocab = read(folder / "vocab.json", json.loads)
+            merges = read(folder / "merges.txt", lambda text: text.split("\n"))
+            merges = [line for line in merges if line.strip() and not line.startswith("#version")]
+        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+        if "added_tokens_decoder" not in config:
+            if not config.get("extra_special_tokens"):
+                config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
+            config |= read(folder / "special_tokens_map.json", json.loads, {})
+            # Here the reference takes additional_special_tokens for ordinary ones, if special_tokens_map.json has them.
+            special = {token["content"] for token in special_tokens({**config, "additional_special_tokens": None})}
+            added = {index: {"content": token, "special": token in special}
+                     for token, index in read(folder / "added_tokens.json", json.loads, {}).items()}
+            added |= {token["id"]: token for token in whole.get("added_tokens", [])}
+            config["added_tokens_decoder"] = added
+        return cls(vocab, merges, config)
 
     def __call__(self, prompts):
         rows = []
@@ -119,17 +161,19 @@ class Tokenizer:
             # Half a surrogate pair, which UTF-8 cannot write, becomes the replacement character U+FFFD.
             prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = [self.start]
-            for chunk in CHUNK.finditer(prompt):
+            for chunk in self.chunk.finditer(prompt):
                 ids += self.encode(chunk[0])
                 if len(ids) >= self.length:
-                    warnings.warn(f"prompt cut to {self.length} tokens, at: {prompt[chunk.start():]}", stacklevel=2)
+                    cut_off = prompt[chunk.start():]
+                    shown = cut_off if len(cut_off) <= 80 else f"{cut_off[:80]}..."
+                    warnings.warn(f"prompt cut to {self.length} tokens, at: {shown}", stacklevel=2)
                     break
             ids = ids[:self.length - 1] + [self.end]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)           # (B, length)
 
     def encode(self, chunk):
-        """The ids, a list of int, of text without white space."""
+        """The ids, a list of int, of a chunk of text."""
         if chunk in self.cache:
             return self.cache[chunk]
         ids = []
@@ -142,9 +186,9 @@ class Tokenizer:
                     ids.append(self.loose[text])
                     continue
                 # PIECE, like the reference, isolates "<|endoftext|>" in ordinary text, too; WORD then splits it.
-                for piece in PIECE.findall(text):
-                    for word in WORD.findall(piece):
-                        visible = word.encode().decode("latin-1").translate(VISIBLE)
-                        ids += [self.vocab.get(token, self.unknown) for token in merge(visible, self.rank)]
+                pieces = (piece for part in CHUNK.findall(text) for piece in PIECE.findall(part))
+                for word in (word for piece in pieces for word in WORD.findall(piece)):
+                    visible = word.encode().decode("latin-1").translate(VISIBLE)
+                    ids += [self.vocab.get(token, self.unknown) for token in merge(visible, self.rank)]
         self.cache[chunk] = ids
         return ids

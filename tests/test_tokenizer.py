@@ -93,6 +93,21 @@ def test_added_tokens_are_found_as_their_entries_say(tmp_path):
     assert 11 not in ids[1]
 
 
+def test_added_tokens_of_the_older_layout(folder):
+    path = folder("sd15")
+    (path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49408}))
+    tokenizer = Tokenizer.from_folder(path)
+    assert tokenizer(["a <cat-toy>"])[0, :4].tolist() == [49406, 320, 49408, 49407] and len(tokenizer.vocab) == 49409
+
+
+@pytest.mark.parametrize("change", [{"single_word": True}, {"content": " Own"}, {"id": 12}])
+def test_added_tokens_that_would_be_read_otherwise_are_refused(tmp_path, change):
+    token = {"content": "<Own>", "id": 11, **change}
+    added = {str(token.pop("id")): token}
+    with pytest.raises(ValueError, match="the added token .*Own.* is not supported"):
+        Tokenizer.from_folder(write_small(tmp_path, added_tokens_decoder=added))
+
+
 def test_a_cut_prompt_warns_with_what_was_dropped(folder):
     tokenizer = Tokenizer.from_folder(folder("sd21-base"))
     fits = " ".join(["cat"] * 75)
@@ -102,6 +117,8 @@ def test_a_cut_prompt_warns_with_what_was_dropped(folder):
     with pytest.warns(UserWarning, match="at: in the Style of Rembrandt$"):
         cut = tokenizer([fits + " in the Style of Rembrandt"])
     assert torch.equal(cut, whole)
+    with pytest.warns(UserWarning, match=f"at: {'dog ' * 20}...$"):
+        tokenizer([fits + " dog" * 1000])
 
 
 def test_a_missing_or_broken_file_is_one_sentence_with_its_name(folder):
@@ -203,3 +220,57 @@ def test_composed_prompts_get_the_reference_ids(folder):
 
 def test_a_vocabulary_without_all_bytes_gets_the_reference_ids(tmp_path):
     assert_same_ids(write_small(tmp_path, model_max_length=77), ["ABC abcab<pad>b", "az é", *texts(500)])
+
+
+ADDED = ["<cat-toy>", "<cat>", "<cat-toy>x", "sks Dog", "<Own>", "<ÄÖ>", "*", "éa", "<A  B>", "b", "<pad>"]
+
+
+def add_tokens(folder, layout, rng):
+    """Some of ADDED in a small tokenizer's folder, in one of the layouts in which folders have them: their names."""
+    names = rng.sample(ADDED[:9] if layout == "added_tokens.json" else ADDED, k=rng.randint(1, 5))
+    config = {key: {"content": token, "__type": "AddedToken", "normalized": rng.random() < 0.5}
+              for key, token in (("bos_token", "<begin>"), ("eos_token", "<end>"), ("unk_token", "<unk>"))}
+    write_small(folder, **rng.choice([{}, config]), model_max_length=77)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    new = [name for name in names if name not in vocab]
+    numbers = {name: vocab.get(name, len(vocab) + new.index(name) if name in new else 0) for name in names}
+    flags = {name: {key: rng.random() < 0.5 for key in ("normalized", "special", "lstrip", "rstrip")} for name in names}
+    if layout == "added_tokens.json":
+        (folder / layout).write_text(json.dumps(numbers))
+        some = {"pad_token": "<pad>", "additional_special_tokens": names[:2]}
+        (folder / "special_tokens_map.json").write_text(json.dumps(rng.choice([{}, some])))
+    elif layout == "special tokens":
+        key = rng.choice(["additional_special_tokens", "extra_special_tokens"])
+        edit(folder / "tokenizer_config.json", **{key: names})
+    elif layout == "added_tokens_decoder":
+        edit(folder / "tokenizer_config.json", added_tokens_decoder={
+            str(numbers[name]): {"content": name, "single_word": False, **flags[name]} for name in names})
+    else:
+        transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+        reference = transformers.CLIPTokenizer.from_pretrained(folder)
+        reference.add_tokens([transformers.AddedToken(name, **flags[name]) for name in names])
+        for path in folder.iterdir():
+            path.unlink()
+        reference.save_pretrained(folder)
+        assert {path.name for path in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    return names
+
+
+@pytest.mark.parametrize("layout", ["added_tokens.json", "added_tokens_decoder", "special tokens", "tokenizer.json"])
+def test_added_tokens_get_the_reference_ids(tmp_path, layout):
+    for seed in range(50):
+        rng = random.Random(seed)
+        (path := tmp_path / str(seed)).mkdir()
+        names = add_tokens(path, layout, rng)
+        pieces = [*names, *names, *map(str.upper, names), "ab", " ", "a b ", "  ", "\t", "\u2003", *texts(5, seed)]
+        assert_same_ids(path, ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(30)])
+
+
+@pytest.mark.parametrize("name", ["sd21-base", "sd15", "tiny"])
+def test_folders_as_the_library_saves_them_today_get_the_reference_ids(folder, name, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+    old, new = Tokenizer.from_folder(folder(name)), tmp_path / "new"
+    transformers.CLIPTokenizer.from_pretrained(folder(name)).save_pretrained(new)
+    assert not (new / "vocab.json").exists()
+    assert_same_ids(new, list(texts(2000)))
+    assert torch.equal(Tokenizer.from_folder(new)(["a red boot", ""]), old(["a red boot", ""]))
