@@ -16,14 +16,47 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-def check_supported(config, table):
-    """Raise ValueError, with key, value and what is supported, for a config that this file would compute wrongly.
-    table: key -> the supported values, the default first. If a config's value is a list, every item must be one."""
-    for key, values in table.items():
-        given = config.get(key, values[0])
-        for value in given if isinstance(given, list) else [given]:
-            if value not in values:
-                raise ValueError(f"config {key} = {value!r} is not supported: {', '.join(map(repr, values))}")
+class Number:
+    """Equal to every number of a kind from low to high, so that a list of supported values may hold it."""
+
+    def __init__(self, kind, low, high):
+        self.kind, self.low, self.high = kind, low, high
+
+    def __eq__(self, value):
+        return type(value) in (int, self.kind) and self.low <= value <= self.high
+
+    def __repr__(self):
+        return f"a {'whole ' if self.kind is int else ''}number from {self.low} to {self.high}"
+
+FEW, COUNT, EPS = Number(int, 1, 100), Number(int, 1, 10**6), Number(float, 0, 1)
+
+def unsupported(key, value, wanted):
+    """The error for a config's value."""
+    return ValueError(f"config {key} = {value!r} is not supported: {wanted}")
+
+def settings(config, table, either=()):
+    """The values of a published config by the table's keys; what else it has, the reference ignores as well.
+    table: key -> the default, `...` if there is none, and the other supported values. The lists, one value a level of
+    the network, are block_out_channels and the block types; for the keys named in `either` one value stands for all
+    levels. Raises ValueError with key, value and what is supported, and KeyError for what is missing."""
+    lists = {"block_out_channels", "down_block_types", "up_block_types"} & table.keys()
+    values = {}
+    for key, (default, *others) in table.items():
+        value = values[key] = config.get(key, default)
+        if value is ...:
+            raise KeyError(key)
+        is_list, supported = isinstance(value, (list, tuple)), [default, *others]
+        if key in lists or (is_list and key in either):
+            if not is_list or len(value) != len(config["block_out_channels"]):
+                raise unsupported(key, value, "one value for each of block_out_channels")
+        elif key in either:
+            values[key] = [value] * len(config["block_out_channels"])
+        for item in value if is_list and key in lists.union(either) else [value]:
+            if item not in supported:
+                raise unsupported(key, value, ", ".join(repr(good) for good in supported if good is not ...))
+    if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
+        raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
+    return values
 
 def sinusoid(t, dim, flip=False, shift=0):
     """Sinusoids of times t (B,) -> (B, dim), float32: sines, then cosines (Vaswani et al. 2017); flipped if asked."""
@@ -254,25 +287,35 @@ class VAEBlock(Block):
         return x
 
 # --------------------------------------------------------------------------------------------------------- U-Net
-# What the configs may say, the default first. upcast_attention may say anything: scaled_dot_product_attention sums
-# its scores in float32 either way.
-UNET_SUPPORTED = {
-    "act_fn": ["silu"], "center_input_sample": [False], "time_embedding_dim": [None], "mid_block_scale_factor": [1],
-    "dual_cross_attention": [False], "only_cross_attention": [False], "attention_bias": [False],
-    "class_embed_type": [None, "timestep"], "target_embed_type": [None, "timestep"], "addition_embed_type": [None],
-    "downsample_type": ["conv"], "upsample_type": ["conv"], "downsample_padding": [1, 0],
-    "resnet_time_scale_shift": ["default", "scale_shift"], "resnet_out_scale_factor": [1.0],
-    "resnet_skip_time_act": [False], "encoder_hid_dim_type": [None], "time_embedding_type": ["positional"],
-    "time_embedding_act_fn": [None], "timestep_post_act": [None], "cross_attention_norm": [None],
-    "conv_in_kernel": [3], "conv_out_kernel": [3]}
+# What the configs may say: a default or `...`, and what else. upcast_attention may say anything, because
+# scaled_dot_product_attention sums its scores in float32 either way; dropout has no effect here.
+UNET = {
+    "_class_name": ["UNet2DConditionModel", "UNet2DModel"], "in_channels": [..., COUNT], "out_channels": [..., COUNT],
+    "block_out_channels": [..., COUNT], "layers_per_block": [2, FEW], "norm_num_groups": [32, COUNT],
+    "norm_eps": [1e-5, EPS], "act_fn": ["silu", "swish"], "center_input_sample": [False],
+    "flip_sin_to_cos": [True, False], "freq_shift": [0, Number(float, 0, 1)], "time_embedding_type": ["positional"],
+    "time_embedding_dim": [None, COUNT], "time_cond_proj_dim": [None, Number(int, 4, 10**6)],
+    "class_embed_type": [None, "timestep"], "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
+    "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0], "mid_block_scale_factor": [1]}
+TEXT_UNET = UNET | {                                                            # UNet2DConditionModel
+    "down_block_types": [..., "DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": [..., "UpBlock2D", "CrossAttnUpBlock2D"], "mid_block_type": ["UNetMidBlock2DCrossAttn"],
+    "cross_attention_dim": [1280, COUNT], "attention_head_dim": [8, COUNT], "num_attention_heads": [None],
+    "transformer_layers_per_block": [1, FEW], "reverse_transformer_layers_per_block": [None],
+    "use_linear_projection": [False, True], "only_cross_attention": [False], "dual_cross_attention": [False],
+    "mid_block_only_cross_attention": [None, False], "cross_attention_norm": [None], "attention_type": ["default"],
+    "addition_embed_type": [None], "encoder_hid_dim": [None], "encoder_hid_dim_type": [None],
+    "class_embeddings_concat": [False], "resnet_skip_time_act": [False], "resnet_out_scale_factor": [1.0],
+    "time_embedding_act_fn": [None], "timestep_post_act": [None], "conv_in_kernel": [3], "conv_out_kernel": [3]}
+PIXEL_UNET = UNET | {                                                           # UNet2DModel
+    "down_block_types": [..., "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": [..., "UpBlock2D", "AttnUpBlock2D"], "mid_block_type": ["UNetMidBlock2D"],
+    "attention_head_dim": [8, None, COUNT], "add_attention": [True, False], "attn_norm_num_groups": [None, COUNT],
+    "downsample_type": ["conv"], "upsample_type": ["conv"]}
+EITHER = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "cross_attention_dim",
+          "only_cross_attention")                                               # in TEXT_UNET: one value, or a list
 UNET_INPUTS = {"cross_attention_dim": "text", "num_class_embeds": "label", "class_embed_type": "target",
                "target_embed_type": "target", "time_cond_proj_dim": "guidance"}     # config key -> input it asks for
-TEXT_BLOCKS = {                                                                 # UNet2DConditionModel
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "mid_block_type": ["UNetMidBlock2DCrossAttn"]}
-PIXEL_BLOCKS = {                                                                # UNet2DModel
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
-    "mid_block_type": ["UNetMidBlock2D"]}
 
 def is_pixel(config):
     """Whether a U-Net's config is of the DDPM family (UNet2DModel), which sees no text, and not Stable Diffusion's."""
@@ -283,18 +326,17 @@ def target_slot(config):
     config. "class", so that diffusers opens it, or "target" where class labels have that name already."""
     return "target" if config.get("num_class_embeds") else "class"
 
-def unet_attention(config, level, groups):
-    """The attention of a level of the U-Net: over pixels, or a transformer over pixels and text."""
-    channels = config["block_out_channels"][level]
-    if is_pixel(config):
-        width = config.get("attention_head_dim", 8) or channels                 # channels a head; null: one head
-        return PixelAttention(channels, channels // width, groups, config.get("norm_eps", 1e-5))
-    # Here attention_head_dim is the number of heads: in the published configs the key has the wrong name.
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    depth = config.get("transformer_layers_per_block", 1)
-    heads, depth = (value[level] if isinstance(value, list) else value for value in (heads, depth))
-    return Transformer(channels, heads, depth, config["cross_attention_dim"], groups,
-                       linear=config.get("use_linear_projection", False))
+def unet_attention(c, level, groups):
+    """The attention of a level of the U-Net of settings c: over pixels, or a transformer over pixels and text."""
+    channels = c["block_out_channels"][level]
+    pixel, head = is_pixel(c), c["attention_head_dim"]
+    head = (head or channels) if pixel else head[level]     # pixel: channels a head. text: heads, under a wrong name
+    if channels % head:
+        raise unsupported("attention_head_dim", c["attention_head_dim"], f"a divisor of {channels} channels")
+    if pixel:
+        return PixelAttention(channels, channels // head, groups, c["norm_eps"])
+    return Transformer(channels, head, c["transformer_layers_per_block"][level], c["cross_attention_dim"][level],
+                       groups, linear=c["use_linear_projection"])
 
 class UNet(nn.Module):
     """The denoiser: UNet2DConditionModel of Stable Diffusion 1.x and 2.x, or UNet2DModel of the DDPM family.
@@ -304,50 +346,53 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_supported(config, UNET_SUPPORTED | (PIXEL_BLOCKS if is_pixel(config) else TEXT_BLOCKS))
+        pixel = is_pixel(config)
+        c = self.settings = settings(config, PIXEL_UNET) if pixel else settings(config, TEXT_UNET, EITHER)
         self.config = dict(config)
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
-        scale_shift = config.get("resnet_time_scale_shift") == "scale_shift"
-        c_emb = 4 * channels[0]
+        channels, levels = c["block_out_channels"], range(len(c["block_out_channels"]))
+        layers = [c["layers_per_block"] for _ in levels] if pixel else c["layers_per_block"]
+        groups, eps, scale_shift = c["norm_num_groups"], c["norm_eps"], c["resnet_time_scale_shift"] == "scale_shift"
+        if channels[0] % 2:
+            raise unsupported("block_out_channels", channels, "sines and cosines, an even number first")
+        c_emb = c["time_embedding_dim"] or 4 * channels[0]
         resnet = functools.partial(Resnet, c_emb=c_emb, groups=groups, eps=eps, scale_shift=scale_shift)
-        self.sinusoid = functools.partial(sinusoid, dim=channels[0], flip=config.get("flip_sin_to_cos", True),
-                                          shift=config.get("freq_shift", 0))
+        self.sinusoid = functools.partial(sinusoid, dim=channels[0], flip=c["flip_sin_to_cos"], shift=c["freq_shift"])
         self.checkpointing = False              # True: recompute each block in the backward pass, to save memory
 
-        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0], c_emb, config.get("time_cond_proj_dim"))
-        if config.get("num_class_embeds"):
-            self.class_embedding = Embedding(config["num_class_embeds"], c_emb)
-        if config.get("class_embed_type") or config.get("target_embed_type"):
-            self.add_module(f"{target_slot(config)}_embedding", TimeEmbedding(channels[0], c_emb))
+        self.conv_in = nn.Conv2d(c["in_channels"], channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0], c_emb, c["time_cond_proj_dim"])
+        if c["num_class_embeds"]:
+            self.class_embedding = Embedding(c["num_class_embeds"], c_emb)
+        if c["class_embed_type"] or c["target_embed_type"]:
+            self.add_module(f"{target_slot(c)}_embedding", TimeEmbedding(channels[0], c_emb))
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        c, c_skips = channels[0], [channels[0]]
-        for level, kind in enumerate(config["down_block_types"]):
-            resnets = [resnet(c if j == 0 else channels[level], channels[level]) for j in range(layers)]
-            attentions = [unet_attention(config, level, groups) for _ in resnets] if "Attn" in kind else []
-            c = channels[level]
-            downsamplers = [Downsample(c, config.get("downsample_padding", 1))] if level < len(channels) - 1 else []
+        c_x, c_skips = channels[0], [channels[0]]
+        for level, kind in zip(levels, c["down_block_types"]):
+            resnets = [resnet(c_x if j == 0 else channels[level], channels[level]) for j in range(layers[level])]
+            attentions = [unet_attention(c, level, groups) for _ in resnets] if "Attn" in kind else []
+            c_x = channels[level]
+            downsamplers = [Downsample(c_x, c["downsample_padding"])] if level < levels[-1] else []
             self.down_blocks.append(DownBlock(resnets, attentions, downsamplers))
-            c_skips += [c for _ in (*resnets, *downsamplers)]
+            c_skips += [c_x for _ in (*resnets, *downsamplers)]
 
         # A UNet2DModel with scale_shift has a norm in its middle attention only if attn_norm_num_groups is given.
-        default_groups = None if is_pixel(config) and scale_shift else groups
-        mid_groups = config.get("attn_norm_num_groups") or default_groups
-        attentions = [unet_attention(config, -1, mid_groups)] if config.get("add_attention", True) else []
-        self.mid_block = MidBlock([resnet(c, c), resnet(c, c)], attentions)
+        mid_groups = (c["attn_norm_num_groups"] or (None if scale_shift else groups)) if pixel else groups
+        if mid_groups and c_x % mid_groups:
+            raise unsupported("attn_norm_num_groups", mid_groups, f"a divisor of {c_x} channels")
+        attentions = [unet_attention(c, -1, mid_groups)] if c.get("add_attention", True) else []
+        self.mid_block = MidBlock([resnet(c_x, c_x), resnet(c_x, c_x)], attentions)
 
-        for level, kind in zip(reversed(range(len(channels))), config["up_block_types"]):
+        for level, kind in zip(reversed(levels), c["up_block_types"]):
             resnets = []
-            for _ in range(layers + 1):
-                resnets.append(resnet(c + c_skips.pop(), channels[level]))
-                c = channels[level]
-            attentions = [unet_attention(config, level, groups) for _ in resnets] if "Attn" in kind else []
-            self.up_blocks.append(UpBlock(resnets, attentions, upsamplers=[Upsample(c)] if level > 0 else []))
+            for _ in range(layers[level] + 1):
+                resnets.append(resnet(c_x + c_skips.pop(), channels[level]))
+                c_x = channels[level]
+            attentions = [unet_attention(c, level, groups) for _ in resnets] if "Attn" in kind else []
+            self.up_blocks.append(UpBlock(resnets, attentions, upsamplers=[Upsample(c_x)] if level > 0 else []))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
-        self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[0], c["out_channels"], 3, padding=1)
 
     def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
@@ -371,19 +416,19 @@ class UNet(nn.Module):
 
     def check_inputs(self, **inputs):
         given = {name for name, value in inputs.items() if value is not None}
-        takes = {name for key, name in UNET_INPUTS.items() if self.config.get(key)}
+        takes = {name for key, name in UNET_INPUTS.items() if self.settings.get(key)}
         if given != takes:
             raise ValueError(f"this network takes {sorted(takes)}, not {sorted(given)}")
 
     def embed(self, t, target, guidance, label):
         """The sum of the embeddings of time, guidance, label and target time, (B,) each -> (B, 4 * c_0)."""
         if guidance is not None:
-            guidance = guidance_sinusoid(guidance, self.config["time_cond_proj_dim"])
+            guidance = guidance_sinusoid(guidance, self.settings["time_cond_proj_dim"])
         emb = self.time_embedding(self.sinusoid(t), guidance)
         if label is not None:
             emb = emb + self.class_embedding(label)
         if target is not None:
-            target_embedding = self.get_submodule(f"{target_slot(self.config)}_embedding")
+            target_embedding = self.get_submodule(f"{target_slot(self.settings)}_embedding")
             emb = emb + target_embedding(self.sinusoid(target))
         return emb
 
@@ -394,17 +439,20 @@ class UNet(nn.Module):
         return block(*inputs)
 
 # ----------------------------------------------------------------------------------------------------------- VAE
-VAE_SUPPORTED = {
-    "act_fn": ["silu"], "shift_factor": [None], "latents_mean": [None], "latents_std": [None],
-    "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+VAE_CONFIG = {
+    "_class_name": ["AutoencoderKL"], "in_channels": [3], "out_channels": [3], "latent_channels": [4, COUNT],
+    "block_out_channels": [..., COUNT], "layers_per_block": [1, FEW], "norm_num_groups": [32, COUNT],
+    "down_block_types": [..., "DownEncoderBlock2D"], "up_block_types": [..., "UpDecoderBlock2D"],
+    "act_fn": ["silu", "swish"], "scaling_factor": [0.18215, Number(float, 1e-6, 1e6)], "shift_factor": [None],
+    "latents_mean": [None], "latents_std": [None], "use_quant_conv": [True], "use_post_quant_conv": [True],
+    "mid_block_add_attention": [True]}
 
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> mean and log-variance of latents before quant_conv, (B, 2 * c_latent, h, w)."""
 
     def __init__(self, config):
         super().__init__()
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        groups = config.get("norm_num_groups", 32)
+        channels, layers, groups = config["block_out_channels"], config["layers_per_block"], config["norm_num_groups"]
         resnet = functools.partial(Resnet, c_emb=None, groups=groups, eps=1e-6)
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -430,8 +478,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        groups = config.get("norm_num_groups", 32)
+        channels, layers, groups = config["block_out_channels"], config["layers_per_block"], config["norm_num_groups"]
         resnet = functools.partial(Resnet, c_emb=None, groups=groups, eps=1e-6)
         c = channels[-1]
         self.conv_in = nn.Conv2d(config["latent_channels"], c, 3, padding=1)
@@ -457,12 +504,12 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_supported(config, VAE_SUPPORTED)
         self.config = dict(config)
-        self.scale = config.get("scaling_factor", 0.18215)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config["latent_channels"], 2 * config["latent_channels"], 1)
-        self.post_quant_conv = nn.Conv2d(config["latent_channels"], config["latent_channels"], 1)
+        c = self.settings = settings(config, VAE_CONFIG)
+        self.scale, channels = c["scaling_factor"], c["latent_channels"]
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def moments(self, images):
         """Mean and log-variance of the unscaled latents, each (B, c_latent, h, w)."""
@@ -478,7 +525,11 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale))
 
 # -------------------------------------------------------------------------------------------------- text encoder
-TEXT_SUPPORTED = {"hidden_act": ["quick_gelu", "gelu"]}
+TEXT_CONFIG = {
+    "model_type": ["clip_text_model"], "hidden_act": ["quick_gelu", "gelu"], "use_attention_mask": [False, None],
+    "hidden_size": [..., COUNT], "intermediate_size": [..., COUNT], "num_hidden_layers": [..., FEW],
+    "num_attention_heads": [..., COUNT], "vocab_size": [..., COUNT], "max_position_embeddings": [..., COUNT],
+    "layer_norm_eps": [1e-5, EPS]}
 
 class TextLayer(nn.Module):
     """Causal attention and a feed-forward network on the residual stream x (B, L, D), each after a norm."""
@@ -486,9 +537,9 @@ class TextLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, hidden = config["hidden_size"], config["intermediate_size"]
-        eps = config.get("layer_norm_eps", 1e-5)
+        eps = config["layer_norm_eps"]
         self.heads = config["num_attention_heads"]
-        self.quick_gelu = config.get("hidden_act", "quick_gelu") == "quick_gelu"    # in SD 1.5; SD 2.1 has gelu
+        self.quick_gelu = config["hidden_act"] == "quick_gelu"    # in SD 1.5; SD 2.1 has gelu
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.self_attn = nn.ModuleDict(
             {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
@@ -508,16 +559,18 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_supported(config, TEXT_SUPPORTED)
         self.config = dict(config)
-        width = config["hidden_size"]
+        config = self.settings = settings(config, TEXT_CONFIG)
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        if width % heads:
+            raise unsupported("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
         model = self.text_model = nn.Module()
         model.embeddings = nn.ModuleDict({
             "token_embedding": Embedding(config["vocab_size"], width),
             "position_embedding": Embedding(config["max_position_embeddings"], width)})
         layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
         model.encoder = nn.ModuleDict({"layers": layers})
-        model.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
+        model.final_layer_norm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     def forward(self, ids):
         embeddings = self.text_model.embeddings

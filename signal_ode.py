@@ -27,6 +27,17 @@ import math
 
 import torch
 
+def check(good, key, value, supported):
+    """Raise ValueError, with key, value and what is supported, if it is not good."""
+    if not good:
+        raise ValueError(f"{key} {repr(value)[:80]} is not supported: {supported}")
+
+def is_number(value, low, high, kind=float):
+    """Whether a config's value is a number from low to high, and whole where the kind is int."""
+    return type(value) in (int, kind) and low <= value <= high
+
+BETAS = ("trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
+
 class Schedule:
     """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64 from a published config.
     config: the dict of scheduler_config.json. Raises ValueError naming the key, the value and what is supported."""
@@ -34,13 +45,23 @@ class Schedule:
     def __init__(self, config):
         self.T = config.get("num_train_timesteps", 1000)
         self.prediction = config.get("prediction_type", "epsilon")
-        if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {self.prediction!r} is not supported: epsilon, v_prediction or sample")
-        for key in ("thresholding", "rescale_betas_zero_snr"):
-            if config.get(key):
-                raise ValueError(f"{key} {config[key]!r} is not supported: False")
+        check(is_number(self.T, 1, 10**6, int), "num_train_timesteps", self.T, "a whole number from 1 to 1000000")
+        check(self.prediction in ("epsilon", "v_prediction", "sample"), "prediction_type", self.prediction,
+              "epsilon, v_prediction or sample")
+        for key in ("thresholding", "use_flow_sigmas", "snr_shift_scale"):
+            check(not config.get(key), key, config.get(key), "False")
         alpha_bar = torch.cumprod(1 - noise_rates(config, self.T), 0)                           # (T,)
+        zero_snr = config.get("rescale_betas_zero_snr")
+        check(zero_snr in (None, False, True), "rescale_betas_zero_snr", zero_snr, "False or True")
+        if zero_snr:                                        # Lin et al. 2024, algorithm 1: alpha_T = 0
+            alpha = alpha_bar.sqrt()
+            alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])                  # (T + 1,)
+        given = {key: config[key] for key in BETAS if config.get(key) is not None}
+        check((alpha_bar.diff() < 0).all() and alpha_bar[-1] >= 0, "the schedule", given,
+              "more noise at every step, and some signal at every step but the last")
+        check(self.prediction != "epsilon" or alpha_bar[-1] > 1e-12, "the schedule", given, "v_prediction or sample, "
+              f"as an epsilon is divided by alpha_T, here {alpha_bar[-1].sqrt():.0e}, to give a clean sample")
         self.tables = {torch.device("cpu"): (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())}
 
     def on_device_of(self, t):
@@ -69,20 +90,21 @@ class Schedule:
 
     def grid(self, num_steps):
         """The trailing grid of whole times round(T, T - T/K, ..., 0), a list of K + 1 ints."""
-        if not 1 <= num_steps <= self.T:
-            raise ValueError(f"num_steps {num_steps} is not supported: 1 to {self.T}")
+        check(1 <= num_steps <= self.T, "num_steps", num_steps, f"1 to {self.T}")
         return [round(self.T * (num_steps - k) / num_steps) for k in range(num_steps + 1)]
 
 def noise_rates(config, T):
     """beta_1 .. beta_T, float64 (T,), of a scheduler's config: the noise that each step of training time adds."""
-    if "_class_name" in config and "beta_start" not in config and "trained_betas" not in config:
-        raise ValueError(f"_class_name {config['_class_name']!r} is not supported: it has no betas")
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-        if len(betas) != T:
-            raise ValueError(f"trained_betas has {len(betas)} values, num_train_timesteps is {T}")
-        return betas
+    betas = config.get("trained_betas")
+    check(betas is not None or "beta_start" in config or "_class_name" not in config, "_class_name",
+          config.get("_class_name"), "schedules of betas")
+    if betas is not None:
+        good = isinstance(betas, (list, tuple)) and len(betas) == T and all(is_number(beta, 0, 1) for beta in betas)
+        check(good, "trained_betas", betas, f"as many numbers as num_train_timesteps, {T}")
+        return torch.tensor(betas, dtype=torch.float64)
     beta_1, beta_T = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    for key, beta in (("beta_start", beta_1), ("beta_end", beta_T)):
+        check(is_number(beta, 0, 1), key, beta, "a number from 0 to 1")
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":                                                    # DDPM, Ho et al. 2020
         return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
@@ -92,7 +114,7 @@ def noise_rates(config, T):
         u = torch.arange(T + 1, dtype=torch.float64) / T
         alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"beta_schedule {kind!r} is not supported: linear, scaled_linear or squaredcos_cap_v2")
+    check(False, "beta_schedule", kind, "linear, scaled_linear or squaredcos_cap_v2")
 
 def like(coefficient, x):
     """A coefficient, () or (B,), with the device, the precision and the dimensions to multiply samples x (B, ...)."""
@@ -137,16 +159,12 @@ def signal_step(y_t, f, t, s, schedule):
     It is DDIM's step in terms of y, in which eps cancels: y_s = y_t + (1 - r) (f - y_t)."""
     return y_t + like(1 - contraction(t, s, schedule), y_t) * (f - y_t)
 
-def check_solver(solver):
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"solver {solver!r} is not supported: euler or heun")
-
 def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, **condition):
     """The trajectory of the noise eps under a denoiser, as the list of its states at the times of the grid.
     denoise: callable (x_t, t, **condition) -> f, t an int. grid: decreasing ints, e.g. schedule.grid(50). Space "x":
     DDIM, states x_t from x_T = eps. Space "y": the Signal-ODE, states y_t from y_T = f(eps, T), which is the student's
     reference. start: replaces either start. Heun's method takes the mean of f at t and at the predicted s."""
-    check_solver(solver)
+    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
     step = ddim_step if space == "x" else signal_step
     if start is None:
         start = eps if space == "x" else denoise(eps, grid[0], **condition)
@@ -173,7 +191,7 @@ def student_signal(network, eps, t, i, schedule, **condition):
 def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler", **condition):
     """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s. No gradient. (B, ...)
     student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
-    check_solver(solver)
+    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
         f = teacher(noisy(y_t, eps, t, schedule), t, **condition)

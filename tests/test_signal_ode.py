@@ -1,6 +1,7 @@
 """The mathematics on a Gaussian data distribution, whose denoiser and trajectories have closed forms."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from signal_ode import (Schedule, boundary_loss, bootstrap_loss, clean_predictio
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+ZERO_SNR = {**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 MU, S = 0.7, 0.4                                            # the data: N(MU, S**2), every element
 
 
@@ -50,7 +52,7 @@ def gaussian_student(schedule):
     return g
 
 
-@pytest.mark.parametrize("config", [SD, DDPM, COSINE])
+@pytest.mark.parametrize("config", [SD, DDPM, COSINE, ZERO_SNR])
 def test_schedule_is_variance_preserving_and_clean_at_zero(config):
     schedule = Schedule(config)
     t = torch.arange(schedule.T + 1)
@@ -64,7 +66,7 @@ def test_schedule_ends_at_the_published_noise_level(config, alpha_T):
     assert Schedule(config).alpha(1000).item() == pytest.approx(alpha_T, abs=5e-6)
 
 
-@pytest.mark.parametrize("config", [SD, DDPM, COSINE])
+@pytest.mark.parametrize("config", [SD, DDPM, COSINE, ZERO_SNR])
 def test_schedule_equals_diffusers(config):
     diffusers = pytest.importorskip("diffusers", reason="the reference library is not installed")
     reference = diffusers.DDIMScheduler(**config).alphas_cumprod.double()
@@ -76,10 +78,36 @@ def test_grid_is_trailing_and_whole(schedule):
     assert schedule.grid(7)[:2] == [1000, 857] and schedule.grid(1) == [1000, 0]
 
 
-@pytest.mark.parametrize("key, value", [("beta_schedule", "sigmoid"), ("prediction_type", "flow")])
+@pytest.mark.parametrize("key, value", [
+    ("beta_schedule", "sigmoid"), ("prediction_type", "flow"), ("beta_start", None), ("beta_end", "x"),
+    ("beta_end", 1.2), ("num_train_timesteps", 1000.0), ("num_train_timesteps", 0), ("trained_betas", [0.1, 0.2]), ("beta_end", True),
+    ("rescale_betas_zero_snr", "yes"), ("use_flow_sigmas", True)])
 def test_unsupported_schedule_names_key_and_value(key, value):
-    with pytest.raises(ValueError, match=f"{key} '{value}'"):
+    with pytest.raises(ValueError, match=re.escape(f"{key} {value!r} is not supported")):
         Schedule({**SD, key: value})
+
+
+@pytest.mark.parametrize("change", [
+    {"rescale_betas_zero_snr": True}, {"beta_end": 1.0}, {"trained_betas": [0.5] * 999 + [1.0]},
+    {"trained_betas": [0.0] * 1000}, {"trained_betas": [0.1] * 500 + [1.0] * 500}, {"beta_start": 0}])
+def test_schedule_that_cannot_work_is_refused(change):
+    """An epsilon network is divided by alpha_T; none can do with steps without noise, or without signal before T."""
+    with pytest.raises(ValueError, match=f"the schedule .*'{next(iter(change))}': .* is not supported"):
+        Schedule({**SD, **change})
+
+
+def test_zero_terminal_snr_has_the_same_trajectory_in_x_and_in_y(eps):
+    """Where alpha_T = 0, x_T is noise alone and y_T the mean of the data, and both go where the closed form does."""
+    schedule, errors = Schedule(ZERO_SNR), []
+    f = gaussian_teacher(schedule)
+    for num_steps in (50, 100):
+        xs, ys = (solve(f, eps, schedule.grid(num_steps), schedule, "heun", space) for space in "xy")
+        assert all(torch.allclose(noisy(y, eps, t, schedule), x, atol=1e-10)
+                   for x, y, t in zip(xs, ys, schedule.grid(num_steps)))
+        errors.append((ys[-1] - gaussian_x(eps, 0, schedule)).abs().max().item())
+    assert schedule.alpha(1000) == 0 and torch.equal(ys[0], torch.full_like(eps, MU)) and errors[1] < errors[0] / 1.9
+    t = torch.full((16,), 1000)
+    assert bootstrap_loss(lambda eps, t: like(torch.ones(16) * MU, eps), f, eps, t, t - 100, schedule).isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
