@@ -6,6 +6,8 @@
 """
 
 import contextlib
+import difflib
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +15,12 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 
@@ -29,22 +33,69 @@ FLOAT32 = ("conv_norm_out.", "conv_out.")                   # the U-Net's last l
 class BadInput(ValueError):
     """What the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
 
+class Stream:
+    """stdout or stderr that never stops the work: it escapes what its encoding lacks (an emoji in cp1252), and goes on
+    in silence where nobody reads it any more (`| head -1`)."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")     # None if it was closed from the start
+        with contextlib.suppress(AttributeError):           # not every replacement is a file
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        try:
+            return action(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
 def command(main):
     """Run the main() of a command: a BadInput is one line and exit code 2, a warning is one line."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    with contextlib.redirect_stdout(Stream(sys.stdout)), contextlib.redirect_stderr(Stream(sys.stderr)):
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            main()
+        except (BadInput, OSError) as error:
+            sys.exit(fail(str(error)))
+        except RuntimeError as error:                       # CUDA has a class for out of memory, the CPU has not
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            reason = str(error).split(". ")[0]
+            sys.exit(fail(f"out of memory, give half the --micro-batch, or --batch ({reason})"))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+
+def fail(message):
+    """Say what is wrong, on one line, and return the exit code."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+def require(good, where, key, value, supported):
+    """Raise BadInput, naming the file, the key of its config and the value, unless it is good."""
+    if not good:
+        raise BadInput(f"{where}: {key} = {repr(value)[:80]} is not supported: {supported}")
+
+@contextlib.contextmanager
+def parsing(where):
+    """What goes wrong while a foreign file is taken apart is a BadInput that begins with `where`, its name."""
     try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:                           # CUDA has a class for out of memory, the CPU has not
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        reason = str(error).split(". ")[0]
-        print(f"error: out of memory, give half the --micro-batch, or --batch ({reason})", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        yield
+    except BadInput:
+        raise
+    except KeyError as error:
+        raise BadInput(f"{where} has no {error}") from None
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ArithmeticError) as error:
+        raise BadInput(f"{where}: {error}") from None
 
 def read_json(path, kind=dict):
     """The value in a JSON file, which must be of this kind. Raises BadInput."""
@@ -52,7 +103,7 @@ def read_json(path, kind=dict):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(value, kind):
         raise BadInput(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
@@ -65,18 +116,33 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)                              # safetensors would let nobody but the owner read it
+        with contextlib.suppress(PermissionError):          # safetensors would let nobody but the owner read it
+            temporary.chmod(0o666 & ~umask())
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)               # a full disk gets its space back
         raise BadInput(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
 
+def umask():
+    """The permissions that new files shall not have."""
+    mask = os.umask(0o077)                                  # it can't be read without being set
+    os.umask(mask)
+    return mask
+
+def flush_to_disk(path):
+    """fsync, where the file system knows it."""
+    with open(path, "r+b") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+
 def write_json(path, value):
     """Write a value as JSON, atomically. Raises BadInput."""
-    write_file(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_file(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 # ------------------------------------------------------------------------------------------------------- weights
 @contextlib.contextmanager
@@ -108,6 +174,8 @@ def read_tensors(paths, device="cpu", dtype=None):
                 while names and copied < 2**27:
                     name = names.pop()
                     stored = file.get_tensor(name)
+                    if not stored.is_floating_point():
+                        raise BadInput(f"{path}: {name} is {stored.dtype}, no weight")
                     tensors[name] = stored.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
                     if tensors[name] is not stored:
                         copied += stored.nbytes
@@ -127,13 +195,8 @@ def modern(name):
 
 def blank(network, config, where):
     """network(config) on the meta device, without weights. Raises BadInput; `where` names the file in it."""
-    try:
-        with torch.device("meta"):
-            return network(config)
-    except KeyError as error:
-        raise BadInput(f"{where}: the config has no {error}") from None
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise BadInput(f"{where}: {error}") from None
+    with parsing(f"{where}: the config"), torch.device("meta"):
+        return network(config)
 
 def build(network, config, tensors, where):
     """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
@@ -184,18 +247,45 @@ def is_embedded(spec):
     return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
 
 def resolve(spec):
-    """(folder, spec) of a name, hub id or folder; a name or an id may end in @REVISION. The spec returned means the
-    same from any working directory. Raises BadInput, one sentence."""
-    spec = str(spec)
+    """(folder, spec) of a name, a hub id or address, or a folder; a name or an id may end in @REVISION. The spec
+    returned means the same from any working directory. Raises BadInput, one sentence."""
+    spec = str(spec).rstrip("/") or "/"
     if spec in EMBEDDED:
         return EMBEDDED[spec], spec
     if spec.partition("@")[0] in HUB:
         return fetch_named(spec), spec
-    if Path(spec).is_dir():
-        return Path(spec), str(Path(spec).resolve())
-    if folder := fetch_id(spec):
-        return folder, spec
-    raise BadInput(f"{spec!r} is neither a name ({', '.join([*EMBEDDED, *HUB])}), nor a folder, nor a hub id")
+    return find(spec, f"a name ({', '.join([*EMBEDDED, *HUB])}), nor ")
+
+CONVERT = "python -c \"from diffusers import {} as P; P.{}('{}').save_pretrained('DIR')\""
+
+# What may stand for a hub repository: OWNER/NAME, OWNER/NAME@REVISION, or the address of one of its pages
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
+HUB_URL = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|{re.escape(ENDPOINT)})/"
+                     r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?")
+
+def find(spec, name=""):
+    """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
+    directory; name: what else it might have been, for the message. Raises BadInput, one sentence."""
+    path, url = Path(spec), HUB_URL.fullmatch(str(spec))
+    if path.is_dir():
+        return path, str(path.resolve())
+    if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
+        convert = CONVERT.format("StableDiffusionPipeline", "from_single_file", spec)
+        raise BadInput(f"{spec} is one file, not a folder: give the one in which it lies or, if it is a whole model, "
+                       f"convert it once, by `{convert}`, then give DIR")
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], 1)
+    hint = f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    found = url or HUB_ID.fullmatch(str(spec).rstrip("/"))
+    if not found:
+        raise BadInput(f"{spec!r} is neither {name}a folder{hint}, nor a hub id")
+    if not url and path.parent.is_dir():
+        raise BadInput(f"{spec} does not exist, though {path.parent} is a folder here{hint}; if the hub's {spec} is "
+                       f"meant, give its address, {ENDPOINT}/{spec}")
+    repo, revision = found["repo"], found["revision"] and unquote(found["revision"])
+    try:
+        return fetch(repo, revision), f"{repo}@{revision}" if revision else repo
+    except BadInput as error:
+        raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
 
 def fetch_named(spec):
     """The folder of one of HUB's names, from the first of its repositories that has it as published."""
@@ -211,16 +301,6 @@ def fetch_named(spec):
         except BadInput as error:
             failures.append(str(error))
     raise BadInput("; ".join(failures))
-
-def fetch_id(spec):
-    """The folder of OWNER/NAME or OWNER/NAME@REVISION, fetched from the hub; None where spec is no such thing."""
-    name, _, revision = str(spec).partition("@")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return None
-    try:
-        return fetch(name, revision or None)
-    except BadInput as error:
-        raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
 
 def fetch(repo, revision=None):
     """The local folder of a hub repository, from the cache or downloaded: only the files needed, never a pickle.
@@ -238,25 +318,24 @@ def fetch(repo, revision=None):
     files = needed(names)
     if not any(name.endswith(".safetensors") for name in files):
         if any(name.endswith(f"{STEM}.bin") for name in names):
-            convert = ("from diffusers import DiffusionPipeline as P; "
-                       f"P.from_pretrained('{repo}').save_pretrained('DIR')")
             raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
-                           f'`python -c "{convert}"`, then --teacher DIR')
+                           f"`{CONVERT.format('DiffusionPipeline', 'from_pretrained', repo)}`, then --teacher DIR")
         raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
         raise BadInput(f"{repo} {explain(error)}") from None
 
+# The files beside the weights of which a teacher or a student is made
+SMALL = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json",
+         "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "student.json", "prompts.txt")
+
 def needed(names):
     """Which of a repository's files a teacher or a student is made of."""
-    parts = ("", "unet/", "vae/", "scheduler/", "tokenizer/", "text_encoder/", "student/")
-    small = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "vocab.json",
-             "special_tokens_map.json", "merges.txt", "student.json", "prompts.txt")
-    files = [part + name for part in parts for name in small if part + name in names]
-    for part in parts:                          # by stem: some repositories also have the whole pipeline as one file
-        files += choose_weights(names, part + ("model" if part == "text_encoder/" else STEM))
-    return files
+    files = [name for name in names if name.count("/") < 2 and name.rpartition("/")[2] in SMALL]
+    for part in ("", "unet/", "vae/", "student/"):          # by stem: some repositories also have all in one file
+        files += choose_weights(names, part + STEM)
+    return files + choose_weights(names, "text_encoder/model")
 
 def explain(error):
     """What went wrong at the hub, and what to do, in a clause."""

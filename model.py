@@ -53,7 +53,7 @@ def settings(config, table, either=()):
             values[key] = [value] * len(config["block_out_channels"])
         for item in value if is_list and key in lists.union(either) else [value]:
             if item not in supported:
-                raise unsupported(key, value, ", ".join(repr(good) for good in supported if good is not ...))
+                raise unsupported(key, item, ", ".join(repr(good) for good in supported if good is not ...))
     if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
         raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
     return values
@@ -321,6 +321,10 @@ def is_pixel(config):
     """Whether a U-Net's config is of the DDPM family (UNet2DModel), which sees no text, and not Stable Diffusion's."""
     return config.get("_class_name") == "UNet2DModel"
 
+def unet_settings(config):
+    """The values of a U-Net's config, see settings."""
+    return settings(config, PIXEL_UNET) if is_pixel(config) else settings(config, TEXT_UNET, EITHER)
+
 def target_slot(config):
     """What a student's embedding of the target time is called: SLOT_embedding in its weights, SLOT_embed_type in its
     config. "class", so that diffusers opens it, or "target" where class labels have that name already."""
@@ -347,7 +351,7 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         pixel = is_pixel(config)
-        c = self.settings = settings(config, PIXEL_UNET) if pixel else settings(config, TEXT_UNET, EITHER)
+        c = self.settings = unet_settings(config)
         self.config = dict(config)
         channels, levels = c["block_out_channels"], range(len(c["block_out_channels"]))
         layers = [c["layers_per_block"] for _ in levels] if pixel else c["layers_per_block"]

@@ -10,17 +10,18 @@ import functools
 from pathlib import Path
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from checkpoint import TINY, BadInput, command, write_file
 from student import load_student
-from teacher import PRECISION, image_grid, noise, pick_device, read_prompts, to_pil
+from teacher import PRECISION, image_grid, noise, pick_device, read_prompts, readable, to_pil
 
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     option = p.add_argument
-    option("--student", type=Path, default=TINY / "student", help="what train.py wrote (default: the shipped one)")
+    option("--student", default=TINY / "student", help="what train.py wrote (default: the shipped one)")
     option("--teacher", help="its teacher's folder, if that has moved since the training")
     option("--prompt", action="append", default=[], help="may be given several times")
     option("--label", action="append", default=[], help="a class, its name or number; may be given several times")
@@ -29,8 +30,8 @@ def parse_args():
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
-    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files; those of the same seeds are "
-           "replaced (default: %(default)s)")
+    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same seeds "
+           "are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
     option("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
@@ -52,20 +53,32 @@ def check(args, prompts, teacher):
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
     if teacher.labels:
         teacher.encode(prompts)                             # an unknown one is said before the first picture
+    num = args.num * max(1, len(prompts))
+    if is_picture(args.out) and num > 1 and not args.grid:
+        raise BadInput(f"--out {args.out} is one file, for {num} pictures: add --grid for a sheet, or give a folder")
+
+def is_picture(path):
+    """Whether --out names the file of a picture, and not a folder. Raises BadInput for another kind than PNG."""
+    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+        return False
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"--out {path} is not supported: pictures are .png files")
+    return True
 
 @torch.no_grad()
 def main():
     args = parse_args()
-    prompts = args.prompt + args.label + (read_prompts(args.prompts) if args.prompts else [])
-    prompts = [text.encode("utf-8", "replace").decode() for text in prompts]    # a shell may pass what isn't UTF-8
+    prompts = [readable(text) for text in args.prompt + args.label]
+    prompts += read_prompts(args.prompts) if args.prompts else []
     student = load_student(args.student, args.teacher, pick_device(args.device), PRECISION[args.precision])
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     check(args, prompts, teacher)
     prompts = prompts or [""]                               # an unconditional teacher is told nothing
 
-    folder = args.student.resolve()
+    folder = Path(args.student).resolve()
     folder = folder.parent if folder.name == "student" else folder
     about = {"guidance": w, "student": "/".join(folder.parts[-2:]), "compare": args.compare or ""}
+    file = args.out if is_picture(args.out) else None       # of the only picture, or of the sheet of all
     jobs = [(prompt, args.seed + n * len(prompts) + k)
             for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []
@@ -74,21 +87,23 @@ def main():
         eps, condition = noise(seeds, teacher.shape).to(teacher.device), teacher.encode(texts)
         latents = [teacher.solve(eps, teacher.schedule.grid(steps), w=w, **condition) for steps in args.compare]
         latents.append(student(eps, 0, w=w, **condition))
-        columns = [to_pil(teacher.decode(z)) for z in latents]
+        columns = [to_pil(teacher.decode(z, seeds)) for z in latents]
         for text, seed, *images in zip(texts, seeds, *columns):
             info = PngInfo()
             for key, value in {"prompt": text, "seed": seed, **about}.items():
-                info.add_itxt(key, str(value))
-            picture, path = image_grid([images]), args.out / f"{seed:06d}.png"
-            write_file(path, functools.partial(picture.save, format="PNG", pnginfo=info))
+                info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
+            picture, path = image_grid([images]), file or args.out / f"{seed:06d}.png"
             if args.grid:
                 pictures.append(picture)
-            print(f"{path}  {text}")
+            if not (args.grid and file):
+                write_file(path, functools.partial(picture.save, format="PNG", pnginfo=info))
+                print(f"{path}  {text}")
     if args.grid:
         across = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
         grid = image_grid([pictures[k:k + across] for k in range(0, len(pictures), across)], 96)
-        write_file(args.out / "grid.png", functools.partial(grid.save, format="PNG"))
-        print(args.out / "grid.png")
+        path = file or args.out / "grid.png"
+        write_file(path, functools.partial(grid.save, format="PNG"))
+        print(path)
 
 if __name__ == "__main__":
     command(main)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import (TINY, WEIGHTS, BadInput, build, fetch_id, load_module, read_json, read_tensors, resolve,
+from checkpoint import (TINY, WEIGHTS, BadInput, build, find, load_module, read_json, read_tensors, require, resolve,
                         weight_files, write_file, write_json)
 from model import UNet, target_slot
-from signal_ode import student_signal
+from signal_ode import is_number, student_signal
 from teacher import Teacher
 
 class Student:
@@ -82,13 +82,16 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
     teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or one of
     another teacher."""
-    folder = Path(folder) if Path(folder).is_dir() else Path(fetch_id(folder) or folder)
+    folder, _ = find(folder)
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
     if not (folder / "student.json").exists():
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
-    info = read_json(folder / "student.json")
+    path = folder / "student.json"
+    info = read_json(path)
     if missing := {"teacher", "fingerprint", "input_time", "guidance", "negative_prompt"} - set(info):
-        raise BadInput(f"{folder / 'student.json'} has no {', '.join(sorted(missing))}")
+        raise BadInput(f"{path} has no {', '.join(sorted(missing))}")
+    for key in ("teacher", "fingerprint", "negative_prompt"):
+        require(isinstance(info[key], str), path, key, info[key], "a text")
     try:
         teacher = Teacher(*resolve(teacher or info["teacher"]), device, dtype)
     except BadInput as error:
@@ -97,4 +100,22 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
         raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: "
                        f"fingerprint {info['fingerprint']}, not {teacher.fingerprint}")
     teacher.set_negative_prompt(info["negative_prompt"])
-    return Student(load_module(UNet, folder, device, dtype), teacher, info["input_time"], info["guidance"])
+    w, i, T = info["guidance"], info["input_time"], teacher.schedule.T
+    scales = w if isinstance(w, list) else [w, w]
+    require(len(scales) == 2 and all(is_number(scale, -1e4, 1e4) for scale in scales) and scales[0] <= scales[1],
+            path, "guidance", w, "a number, or a list of the lowest and the highest")
+    require(is_number(i, 1, T, int), path, "input_time", i, f"a whole number from 1 to {T}")
+    student = Student(load_module(UNet, folder, device, dtype), teacher, i, w)
+    check_network(student, folder / "config.json")
+    return student
+
+def check_network(student, where):
+    """Raise BadInput if a student's network is not its teacher's, with what a student has beyond it."""
+    teacher, own = student.teacher, student.network.settings
+    own_time = f"{target_slot(own)}_embed_type"
+    for key in own:
+        value = "timestep" if key == own_time else teacher.settings[key]
+        if key == "time_cond_proj_dim":
+            require(bool(own[key]) == student.ranged, where, key, own[key], "null, but for a range of guidance")
+        else:
+            require(own[key] == value, where, key, own[key], f"{value!r}, of a student of teacher {teacher.spec}")

@@ -9,28 +9,30 @@
 
 import functools
 import hashlib
-import os
 import random
+import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import BadInput, load_module, modern, open_tensors, read_json, resolve, weight_files, weight_names
-from model import VAE, TextEncoder, UNet, is_pixel
-from signal_ode import Schedule, clean_prediction, guide, solve
+from checkpoint import (BadInput, load_module, modern, open_tensors, parsing, read_json, require, resolve, weight_files,
+                        weight_names)
+from model import VAE, TextEncoder, UNet, is_pixel, unet_settings
+from signal_ode import Schedule, clean_prediction, guide, is_number, solve
 from tokenizer import Tokenizer
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in PRECISION.items()}
 
-def pick_device(name=None):
-    """The device of --device; None is CUDA if there is one, else the CPU. Under torchrun, this process's GPU.
+def pick_device(name=None, local_rank=0):
+    """The device of --device; None is CUDA if there is one, else the CPU. Of several GPUs, that of the local rank.
     Its float32 is float32, not TF32, because 1 / alpha_T multiplies what is rounded. Raises BadInput."""
     torch.backends.cudnn.allow_tf32 = False
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -46,43 +48,44 @@ def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
 class Teacher:
     """A diffusion model, frozen: of text and latents (Stable Diffusion), or of pixels, with classes or without (DDPM).
     .schedule: Schedule. .clip: clean predictions lie within [-clip, clip], or None. .shape: of a sample, (C, h, w).
-    .unet, and if it sees text .vae, .text_encoder and .tokenizer: its parts. .labels: name -> number of its classes.
-    .takes: the option of its condition, "prompt" or "label", or None if it has none. .uncond: the condition that
-    guidance leads away from, or None. .spec: what load_teacher takes again. .fingerprint: tells teachers apart."""
+    .unet, and if it sees text .vae, .text_encoder and .tokenizer: its parts. .settings: those of the U-Net's config.
+    .labels: name -> number of its classes. .takes: the option of its condition, "prompt" or "label", or None if it has
+    none. .uncond: the condition that guidance leads away from, or None. .spec: what load_teacher takes again.
+    .fingerprint: tells teachers apart."""
 
     def __init__(self, folder, spec, device, dtype):
         self.folder, self.spec, self.device, self.dtype = folder, spec, torch.device(device), dtype
         self.unet_folder = part_folder(folder, "unet")
         self.schedule, self.clip = read_scheduler(folder)
-        config = read_unet_config(folder)
-        self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        config = self.settings = read_unet_config(folder)
+        self.shape = (config["in_channels"], *config["sample_size"])
         self.takes = self.vae = self.text_encoder = self.tokenizer = None
         self.labels, files = {}, weight_files(self.unet_folder)
         if not is_pixel(config):
             self.load_text_parts(config)
             self.takes, self.clip = "prompt", None          # whatever the scheduler says, latents have no bounds
             files += weight_files(folder / "text_encoder", "model")
-        elif config.get("num_class_embeds"):
+        elif config["num_class_embeds"]:
             self.takes, self.labels = "label", read_labels(folder, config["num_class_embeds"])
         self.set_negative_prompt("")
         self.fingerprint = fingerprint(files, self.schedule, self.clip)
 
     def load_text_parts(self, config):
         """VAE, tokenizer and text encoder, which must suit the U-Net's config and each other. Raises BadInput."""
-        where = self.unet_folder / "config.json"
-        try:
+        with parsing(self.folder / "tokenizer"):
             self.tokenizer = Tokenizer.from_folder(self.folder / "tokenizer")
-        except ValueError as error:
-            raise BadInput(str(error)) from None
         self.vae = load_module(VAE, self.folder / "vae", self.device, self.dtype)
         self.text_encoder = load_module(TextEncoder, self.folder / "text_encoder", self.device, self.dtype, "model")
-        width, length = (self.text_encoder.config[key] for key in ("hidden_size", "max_position_embeddings"))
-        if self.vae.config["latent_channels"] != config["in_channels"]:
-            raise BadInput(f"{where}: in_channels is not the VAE's latent_channels")
-        if config.get("cross_attention_dim") != width:
-            raise BadInput(f"{where}: cross_attention_dim is not the text encoder's width {width}")
+        where, text, vocab = self.unet_folder / "config.json", self.text_encoder.settings, self.tokenizer.vocab
+        channels, width, length = config["in_channels"], text["hidden_size"], text["max_position_embeddings"]
+        require(channels == self.vae.settings["latent_channels"], where, "in_channels", channels,
+                f"{self.vae.settings['latent_channels']}, the VAE's latent_channels")
+        require(set(config["cross_attention_dim"]) == {width}, where, "cross_attention_dim",
+                config["cross_attention_dim"], f"{width}, the text encoder's width")
         if self.tokenizer.length > length:
             raise BadInput(f"{self.folder / 'tokenizer'}: model_max_length is more than the text encoder's {length}")
+        require(len(vocab) == text["vocab_size"] > max(vocab.values()), self.folder / "text_encoder", "vocab_size",
+                text["vocab_size"], f"{len(vocab)}, the tokens of {self.folder / 'tokenizer'} and those added to them")
 
     @functools.cached_property
     def unet(self):
@@ -138,16 +141,44 @@ class Teacher:
         return solve(self.denoise, eps, grid, self.schedule, solver, space, **condition)[-1]
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels."""
+    def decode(self, latents, seeds=None):
+        """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels. Raises BadInput for
+        one that is not finite, with its seed, or the number of its row."""
+        images = latents
         if self.vae is not None:                            # in parts that fit: one image of 768x768, four of 512x512
             parts = latents.split(max(1, 2**16 // latents[0].numel()))
-            latents = torch.cat([self.vae.decode(part) for part in parts])
-        return latents.float().clamp(-1, 1)
+            images = torch.cat([self.vae.decode(part) for part in parts])
+        good = [z.flatten(1).isfinite().all(1).tolist() for z in (latents, images)]
+        for seed, *finite in zip(range(len(images)) if seeds is None else seeds, *good):
+            if not all(finite):
+                part, half = "VAE" if finite[0] else "network", self.dtype == torch.float16
+                advice = "take --precision fp32 or bf16" if half else "its weights or its schedule are broken"
+                raise BadInput(f"the picture of seed {seed} is not finite, its {part} overflows in "
+                               f"{NAMES.get(self.dtype, self.dtype)}: {advice}")
+        return images.float().clamp(-1, 1)
 
 def part_folder(folder, part):
     """The folder of a model's part; models of pixels may keep all of theirs in one."""
     return folder / part if (folder / part).is_dir() else folder
+
+# The parts of a model that this code knows, and the classes that it takes them for; of those with None it makes sure
+# by their own config, or has no use for them.
+PARTS = {"unet": ("UNet2DConditionModel", "UNet2DModel"), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None, "safety_checker": None,
+         "feature_extractor": None, "image_encoder": None}
+
+def read_parts(folder):
+    """{part: class} that the model_index.json of a model lists or, where it has none, those of its folders, of unknown
+    class. Raises BadInput for a part that a teacher of this code has not."""
+    path = folder / "model_index.json"
+    if not path.exists():
+        return {name: None for name in PARTS if (folder / name).is_dir()}
+    lists = {name: value for name, value in read_json(path).items() if isinstance(value, list) and any(value)}
+    for name, value in lists.items():
+        require(name in PARTS, path, name, value, f"no other parts than {', '.join(PARTS)}")
+        classes = PARTS[name] or value[-1:]
+        require(value[-1] in classes, path, name, value, ", ".join(map(str, classes)))
+    return {name: value[-1] for name, value in lists.items()}
 
 def read_scheduler(folder):
     """(schedule, clip) of a model's folder. Raises BadInput."""
@@ -159,34 +190,42 @@ def read_scheduler(folder):
     config = read_json(path)
     # If a config omits clip_sample, the DDPM and DDIM schedulers clip and the others don't.
     clips = config.get("clip_sample", config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler"))
-    try:
-        return Schedule(config), config.get("clip_sample_range", 1.0) if clips else None
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}") from None
+    bound = config.get("clip_sample_range", 1.0)
+    require(clips in (None, False, True), path, "clip_sample", clips, "false or true")
+    require(is_number(bound, 1e-3, 1e3), path, "clip_sample_range", bound, "a number from 0.001 to 1000")
+    with parsing(path):
+        return Schedule(config), bound if clips else None
 
 def read_unet_config(folder):
-    """The U-Net's config of a model's folder, which must be that of a teacher. Raises BadInput."""
-    where = part_folder(folder, "unet") / "config.json"
+    """The settings of a model's U-Net, and its sample_size, [h, w]; it must be a teacher's. Raises BadInput."""
+    where, parts = part_folder(folder, "unet") / "config.json", read_parts(folder)
     config = read_json(where)
-    pixel, channels = is_pixel(config), config.get("in_channels")
-    for key, good, wanted in (
-            ("in_channels", channels == 3 if pixel else channels, "3, or any number where there is a VAE"),
-            ("out_channels", config.get("out_channels") == channels, f"in_channels, {channels}"),
-            ("sample_size", isinstance(config.get("sample_size"), int), "a whole number"),
-            ("num_class_embeds", pixel or not config.get("num_class_embeds"), "null beside text")):
-        if not good:
-            raise BadInput(f"{where}: {key} = {config.get(key)!r} is not supported: {wanted}")
-    if pixel and ((folder / "vae").is_dir() or (folder / "vqvae").is_dir()):
+    with parsing(where):
+        c = unet_settings(config)
+    pixel, kind, channels = is_pixel(config), parts.get("unet") or c["_class_name"], c["in_channels"]
+    size = config.get("sample_size")
+    sizes = size if isinstance(size, list) else [size, size]
+    for key, value, good, wanted in (
+            ("_class_name", c["_class_name"], c["_class_name"] == kind, f"{kind}, which model_index.json says"),
+            ("in_channels", channels, not pixel or channels == 3, "3, or any number where there is a VAE"),
+            ("out_channels", c["out_channels"], c["out_channels"] == channels, f"in_channels, {channels}"),
+            ("sample_size", size, len(sizes) == 2 and all(is_number(n, 1, 2**14, int) for n in sizes),
+             "a whole number, or a list of height and width"),
+            ("num_class_embeds", c["num_class_embeds"], pixel or not c["num_class_embeds"], "null beside text")):
+        require(good, where, key, value, wanted)
+    if pixel and ("vae" in parts or (folder / "vqvae").is_dir()):
         raise BadInput(f"{where}: a UNet2DModel on latents is not supported: on pixels, without a VAE")
-    if config.get("class_embed_type") == "timestep" or config.get("time_cond_proj_dim"):
+    if c["class_embed_type"] or c["target_embed_type"] or c["time_cond_proj_dim"]:
         raise BadInput(f"{where}: with class_embed_type or time_cond_proj_dim it is a student, not a teacher")
-    return config
+    return c | {"sample_size": sizes}
 
 def read_labels(folder, num):
     """{name: number} of the classes. model_index.json may name them, as DiT's does; "" stands for none of them."""
     path = folder / "model_index.json"
     index = read_json(path) if path.exists() else {}
     names, labels = index.get("id2label") or {}, {}
+    require(isinstance(names, dict) and all(isinstance(name, str) for name in names.values()), path, "id2label", names,
+            'names by number, {"0": "cat", ...}')
     for k in range(num):
         name = names.get(str(k), str(k))
         labels[f"{name} ({k})" if name in labels else name] = k     # ImageNet has two classes named crane
@@ -205,17 +244,24 @@ def fingerprint(paths, schedule, clip):
         digest.update(name.encode() + some[name].numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def readable(text):
+    """A text from the command line in which U+FFFD stands for what is not UTF-8, with a warning if that is needed."""
+    known = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if known != text:
+        warnings.warn(f"the prompt {known!r} is not UTF-8 text: \ufffd stands for what can't be read", stacklevel=2)
+    return known
+
 def read_prompts(path):
     """The lines of a UTF-8 prompt file that hold something. Raises BadInput."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # other separators belong to the prompt
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
     except OSError as error:
         raise BadInput(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip(" \t") for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path} holds no prompt; it takes one a line")
     return prompts
@@ -252,12 +298,24 @@ def to_pil(images):
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
-def image_grid(rows, least=0):
-    """One PIL image of rows of equally large PIL images, enlarged by a whole factor to `least` pixels each."""
+def image_grid(rows, least=0, names=None):
+    """One PIL image of rows of equally large PIL images, enlarged by a whole factor to `least` pixels each; with names,
+    those of the rows stand left of them."""
     width, height = rows[0][0].size
     grid = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             grid.paste(image, (x * width, y * height))
     factor = max(1, -(-least // width))
-    return grid.resize([factor * size for size in grid.size], Image.Resampling.NEAREST)
+    grid = grid.resize([factor * size for size in grid.size], Image.Resampling.NEAREST)
+    return grid if names is None else name_rows(grid, names)
+
+def name_rows(grid, names):
+    """The image with names, in equal distances, left of it."""
+    font = ImageFont.load_default(16)
+    margin = 16 + max(round(font.getlength(name)) for name in names)
+    named = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    named.paste(grid, (margin, 0))
+    for row, name in enumerate(names):
+        ImageDraw.Draw(named).text((8, (row + 0.5) * grid.height / len(names)), name, "black", font, anchor="lm")
+    return named

@@ -10,6 +10,7 @@ The same command again resumes. Ctrl-C saves and stops.
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -19,7 +20,9 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -27,16 +30,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import EMBEDDED, HUB, BadInput, command, is_embedded, read_json, read_tensors, write_file, write_json
+from checkpoint import (EMBEDDED, HUB, BadInput, command, is_embedded, open_tensors, parsing, read_tensors, write_file,
+                        write_json)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_student, save_student
-from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, to_pil, training_prompts
+from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
+STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
@@ -110,6 +116,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_options(parser)
     args = parser.parse_args()
+    args.negative_prompt = readable(args.negative_prompt)
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name in set(DEFAULTS) - {"micro_batch", "guidance"}:        # split_batch and settle choose those two
         if getattr(args, name) is None:
@@ -119,6 +126,22 @@ def parse_args():
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             parser.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
     return args
+
+def torchrun():
+    """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
+    what a cluster left there, and this is the only process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if os.environ.get(name)]
+    if given != list(names):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            missing = ", ".join(name for name in names if name not in given)
+            warnings.warn(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is not torchrun's, without {missing}: one process "
+                          "trains alone", stacklevel=2)
+        return 0, 1, 0
+    try:
+        return tuple(int(os.environ[name]) for name in names[:3])
+    except ValueError as error:
+        raise BadInput(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
@@ -139,6 +162,8 @@ def settle(args, teacher):
         args.input_time = quieter + 1 if schedule.prediction == "epsilon" else T
     if args.guidance is None:
         args.guidance = 1.0 if teacher.uncond is None else default("guidance", args.teacher)
+    if args.guidance == 1 and args.negative_prompt:
+        warnings.warn("--negative-prompt has no effect with --guidance 1, which is no guidance", stacklevel=2)
     for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
         if not 1 <= value <= T:
             raise BadInput(f"{name} {value} is not supported: 1 to {T}")
@@ -188,43 +213,102 @@ def training_state(network, ema, optimizer):
         state |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
     return state
 
-def save(out, student, state, step):
-    """The student first, then what resume needs: after a crash between the two, some steps are made and saved again."""
-    save_student(out / "student", student)
+@contextlib.contextmanager
+def hold(out):
+    """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, saying who is
+    in it. A folder that is still empty at the end is removed again."""
+    state, holder = out / "state", out / "state" / ".holder"
+    with contextlib.ExitStack() as stack:
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(state / ".lock", timeout=0.1))         # the kernel frees that of the dead
+        except TimeoutError:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise BadInput(f"{who} is training in {out}: wait for it, or choose another --out") from None
+        except OSError as error:
+            raise BadInput(f"can't write {out}: {error.strerror or error}") from None
+        stack.callback(remove, holder, state / ".lock")
+        write_file(holder, lambda path: path.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
+        folders = (out, state, out / "student", out / "samples")
+        remove(*(path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)))
+        yield
+    with contextlib.suppress(OSError):
+        state.rmdir()
+        out.rmdir()
+
+def remove(*paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+def save(out, student, state, step, options):
+    """What resume needs, with the options that made it; then the student, so that there is none without its state."""
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
-    write_file(out / "state" / "state.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
+    metadata = {"step": str(step), "options": json.dumps(options)}
+    write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
+    save_student(out / "student", student)
+
+def check_options(out, options):
+    """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
+    student whose state is gone. Before the first save, and for what may change between stretches, all are free."""
+    if not (out / STATE).exists():
+        if (out / "student").exists():
+            raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
+        return
+    with open_tensors(out / STATE) as file, parsing(out / STATE):
+        saved = dict(json.loads((file.metadata() or {})["options"]))
+    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
+    if saved.get("fingerprint") == options["fingerprint"]:
+        free.add("teacher")                                 # the same one, perhaps in another place
+    differ = [f"{key} {saved.get(key)} there, {value} here" for key, value in options.items()
+              if key not in free and saved.get(key) != value]
+    if differ:
+        raise BadInput(f"{out} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
 
 def resume(path, state):
     """Fill the state, tensor by tensor, with what save wrote, and return its step; 0 if nothing was saved."""
     if not path.exists():
         return 0
     tensors, metadata = read_tensors(path)
-    try:
-        for name, tensor in state.items():
-            tensor.copy_(tensors.pop(name))
-        return int(metadata["step"])
-    except (KeyError, RuntimeError) as error:
-        raise BadInput(f"{path} is not this run's checkpoint ({error}); move it away to start anew") from None
+    theirs, ours = ({name: tensor.shape for name, tensor in some.items()} for some in (tensors, state))
+    wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    wrong += [] if metadata.get("step", "").isdecimal() else [f"step {metadata.get('step')}"]
+    if wrong:
+        raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}); move it away to start anew")
+    for name, tensor in state.items():
+        tensor.copy_(tensors.pop(name))
+    return int(metadata["step"])
 
-def check_config(path, config):
-    """An earlier run's config.json, if there is one, must say the same, but for what may change between stretches."""
-    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
-    old = read_json(path) if path.exists() else config
-    if old.get("fingerprint") == config["fingerprint"]:
-        free.add("teacher")                                 # the same one, perhaps in another place
-    differ = [f"{k} {old.get(k)} there, {config[k]} here" for k in config if k not in free and old.get(k) != config[k]]
-    if differ:
-        raise BadInput(f"{path.parent} holds another run ({'; '.join(differ)}): "
-                       "repeat its options or choose another --out")
+def check_space(out, state, student):
+    """Raise BadInput if the disk cannot hold a checkpoint, of which a file is whole before it replaces the last one.
+    state, student: bytes of its files. Returns how much it takes, as a text."""
+    files = [path for folder in (out / "state", out / "student") for path in folder.glob("*.safetensors")]
+    need = 2 * state + student - sum(path.stat().st_size for path in files)
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    takes = f"{(state + student) / 1e9:.2f} GB on disk, and {state / 1e9:.2f} more while it is replaced"
+    if need > free:
+        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {takes}")
+    return takes
 
 def rewind_log(path, step):
-    """Drop the lines that a killed run logged after its last checkpoint. Returns its seconds up to that checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]                    # the last one may be torn
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    if kept != lines:
-        write_file(path, lambda p: p.write_text("".join(kept)))
-    return json.loads(kept[-1])["seconds"] if kept else 0
+    """Drop the lines that a killed run logged after its last checkpoint, and a torn one. What is no record of a step is
+    somebody's remark, and stays. Returns the run's seconds up to that checkpoint."""
+    text = path.read_bytes() if path.exists() else b""
+    kept, seconds = [], 0
+    for line in text.split(b"\n")[:-1]:
+        record = {}
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            kept.append(line)
+        elif record["step"] <= step:
+            kept.append(line)
+            seconds = record["seconds"] if isinstance(record.get("seconds"), (int, float)) else seconds
+    kept = b"".join(line + b"\n" for line in kept)
+    if kept != text:
+        write_file(path, lambda p: p.write_bytes(kept))
+    return seconds
 
 @torch.no_grad()
 def paint(sampler, teacher, eps, condition, micro_batch):
@@ -232,7 +316,7 @@ def paint(sampler, teacher, eps, condition, micro_batch):
     images = []
     for first in range(0, len(eps), micro_batch):
         rows = slice(first, first + micro_batch)
-        images += to_pil(teacher.decode(sampler(eps[rows], **select(condition, rows))))
+        images += to_pil(teacher.decode(sampler(eps[rows], **select(condition, rows)), range(len(eps))[rows]))
     return images
 
 def warn_once(message, *_):
@@ -241,19 +325,33 @@ def warn_once(message, *_):
     warnings.filterwarnings("ignore", re.escape(str(message)[:20]))
 
 class Stop:
-    """Handler of SIGTERM and Ctrl-C. It only sets a flag: the loop finishes its step, saves and ends."""
-    asked = False
+    """Handler of SIGTERM, SIGHUP and Ctrl-C: the loop finishes its step, saves and ends; a second Ctrl-C ends it now."""
+    asked = interrupted = False
 
-    def __call__(self, *_):
-        self.asked = True
+    def __init__(self, speaks):
+        self.speaks = speaks
+        for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:           # as nohup sets it
+                signal.signal(number, self)
+
+    def __call__(self, number, _):
+        if number == signal.SIGINT and self.interrupted:
+            raise KeyboardInterrupt
+        if self.speaks and not self.asked:
+            with contextlib.suppress(OSError):              # not print, which may be at work already
+                os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once, without saving\n")
+        self.asked, self.interrupted = True, self.interrupted or number == signal.SIGINT
 
 def main():
     args = parse_args()
+    rank, world, local_rank = torchrun()
+    with hold(args.out) if rank == 0 and not args.dry_run else contextlib.nullcontext():
+        train(args, rank, world, local_rank)
 
+def train(args, rank, world, local_rank):
     # ---- Processes: one, or those of torchrun, each with an equal share of the batch
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_batch, micro_batch = split_batch(args, world)
-    device = pick_device(args.device)
+    device = pick_device(args.device, local_rank)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = PRECISION[args.precision]
     grad_scale = 2.0**10 if args.precision == "fp16" else 1.0               # fp16 flushes less than 6e-8 to zero
@@ -262,7 +360,8 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # The others wait for the first one while it saves and paints, which may take long.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        with parsing("the processes do not find each other"):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
 
     # ---- Teacher
     teacher = load_teacher(args.teacher, device, dtype)
@@ -270,10 +369,11 @@ def main():
     prompts = training_prompts(teacher, args.prompts)
     schedule, delta = teacher.schedule, round(teacher.schedule.T / args.num_steps)
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))                # samples of a step with a boundary loss
-    config = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
-    config |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
-               "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
-    check_config(args.out / "config.json", config)
+    options = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
+    options |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
+                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
+    if rank == 0:
+        check_options(args.out, options)
 
     # ---- Student: the network that is trained, and the one that is saved, the moving average (ema) of its weights
     student = new_student(teacher, args.input_time, args.guidance)
@@ -289,7 +389,7 @@ def main():
     state = training_state(student.network, averaged.network, optimizer)
     saved_step = torch.zeros((), dtype=torch.int64, device=device)
     if rank == 0:
-        saved_step.fill_(resume(args.out / "state" / "state.safetensors", state))
+        saved_step.fill_(resume(args.out / STATE, state))
     if world > 1:
         for tensor in (saved_step, *state.values()):
             dist.broadcast(tensor, 0)
@@ -297,18 +397,19 @@ def main():
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     if rank == 0:
+        takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{resuming}", flush=True)
+              f"once{resuming}; a checkpoint takes {takes}", flush=True)
     if args.dry_run:
         return
-    stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    stop = Stop(speaks=rank == 0)
     if rank == 0:
-        write_json(args.out / "config.json", config)
+        write_json(args.out / "config.json", options)       # for people
+        if start:
+            save_student(args.out / "student", averaged)    # a crash may have left an older one beside this state
         began = time.time() - rewind_log(args.out / "log.jsonl", start)
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one
@@ -367,9 +468,12 @@ def main():
         bootstrap = log["bootstrap"].sum().item() / args.batch
         boundary = log["boundary"].item()
         if not math.isfinite(bootstrap + boundary + norm):
+            advice = "--precision bf16 or fp32" if args.precision == "fp16" else "another teacher"
+            fault = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
+            if step == 0:
+                fault = f"no weight has changed yet, so it is the teacher's or its schedule's fault: take {advice}"
             raise BadInput(f"the loss is not finite at step {step} (times {t[:16].tolist()}, guidance "
-                           f"{[round(v, 2) for v in w[:16].tolist()]}, ...); what {args.out} holds is whole: "
-                           "lower --lr, or take --precision bf16 or fp32, in another --out")
+                           f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {fault}")
         optimizer.step()
         done = step + 1
 
@@ -392,14 +496,17 @@ def main():
 
         # save
         if rank == 0 and (done % args.save_every == 0 or last or stopping):
-            save(args.out, averaged, state, done)
+            save(args.out, averaged, state, done, options)
 
         # paint
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
-            with autocast(device, dtype):
-                student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
-            grid = image_grid([teacher_row, student_row], 96)
-            write_file(args.out / "samples" / f"step_{done}.png", functools.partial(grid.save, format="PNG"))
+            try:
+                with autocast(device, dtype):
+                    student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
+                grid = image_grid([teacher_row, student_row], 96)
+                write_file(args.out / "samples" / f"step_{done}.png", functools.partial(grid.save, format="PNG"))
+            except BadInput as error:                       # a picture is no reason to end a run
+                warnings.warn(str(error), stacklevel=1)
         if stopping:
             break
 
@@ -413,6 +520,8 @@ def main():
         print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{prompt}")
         if is_embedded(args.teacher):
             print(f"  python -m tools.evaluate --student {out}")
+    if stop.interrupted:
+        sys.exit(130)                                       # so that `train && evaluate` ends here
 
 if __name__ == "__main__":
     command(main)

@@ -37,7 +37,7 @@ def run():
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The same in this process, sparing torch's import: call("train", ...) -> (exit code, stdout, stderr)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(ROOT)
 
     def call(name, *args):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import STEM, TINY, BadInput, command, load_module, read_json
 from model import VAE, TextEncoder, UNet
 from teacher import PRECISION, pick_device

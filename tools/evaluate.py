@@ -12,14 +12,18 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import random
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
 from student import load_student
 from teacher import image_grid, noise, pick_device, to_pil
@@ -108,7 +112,9 @@ class Evaluation:
     def measure(self, sampler, name, solution):
         """A row's figures of quality; solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
-        features = torch.cat([self.judge(self.teacher.decode(part)) for part in latents.split(self.batch)])
+        parts = [slice(k, k + self.batch) for k in range(0, len(latents), self.batch)]
+        images = (self.teacher.decode(latents[part], self.seeds[part]) for part in parts)
+        features = torch.cat([self.judge(part) for part in images])
         answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
         right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
         features = features.cpu()
@@ -152,16 +158,26 @@ def teacher_rows(evaluation, fresh):
     if len(rows) < len(STEPS):
         print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
               f"and storing it in {path.parent}", flush=True)
-    if not stored:
-        solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution")
-        write_file(solution_file, lambda p: save_file({"solution": solution.half().cpu()}, p))
-    solution = read_tensors(solution_file, dtype=torch.float32)[0]["solution"]
+    if stored:
+        solution = read_tensors(solution_file)[0]["solution"]
+    else:
+        solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution").half().cpu()
+        store(write_file, solution_file, lambda p: save_file({"solution": solution}, p))
+    solution = solution.float()
     for k in STEPS[len(rows):]:                 # each is stored at once: an interrupted measurement goes on
         nfe = k * (1 if evaluation.w == 1 else 2)
         measured = evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution)
         rows.append({"sampler": "ddim", "steps": k, "nfe": nfe} | measured)
-        write_json(rows_file, rows)
+        store(write_json, rows_file, rows)
     return rows, solution
+
+
+def store(write, path, content):
+    """write(path, content) or, where nothing can be written, a warning: the figures are printed all the same."""
+    try:
+        write(path, content)
+    except BadInput as error:
+        warnings.warn(f"{error}: measured, but not kept", stacklevel=2)
 
 
 def table(rows):
@@ -175,7 +191,7 @@ def table(rows):
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--student", type=Path, default=TINY / "student",
+    p.add_argument("--student", default=TINY / "student",
                    help="folder that train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
     p.add_argument("--guidance", type=float,
@@ -215,16 +231,19 @@ def main():
     accuracy = evaluation.config["accuracy"]
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")
-    ours = args.student.is_dir() and TINY.resolve() not in args.student.resolve().parents
-    folder = args.student if ours else Path("runs") / f"{Path(teacher.spec).name}-shipped"
+    path = Path(args.student)
+    ours = path.is_dir() and TINY.resolve() not in path.resolve().parents
+    folder = path if ours else Path("runs") / f"{Path(teacher.spec).name}-shipped"
     out = args.json or folder / "evaluation.json"
-    write_json(out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
-                     "guidance": w, "judge": accuracy, "rows": rows})
+    keep = operator.call if args.json else store             # who names a file wants it
+    keep(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
+                           "guidance": w, "judge": accuracy, "rows": rows})
     samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step()]
     with torch.no_grad():
         eps, condition = evaluation.inputs(slice(0, 10))
-        grid = image_grid([to_pil(teacher.decode(sampler(eps, **condition))) for sampler in samplers], 96)
-    write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
+        pictures = [to_pil(teacher.decode(sampler(eps, **condition))) for sampler in samplers]
+    grid = image_grid(pictures, 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
+    keep(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

@@ -12,10 +12,12 @@ import functools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
 from model import UNet
 

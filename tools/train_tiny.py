@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import TINY, WEIGHTS, BadInput, command, load_module, write_file, write_json
 from model import VAE, TextEncoder, UNet
 from signal_ode import Schedule, like, noisy
