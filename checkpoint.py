@@ -116,7 +116,7 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with contextlib.suppress(PermissionError):          # safetensors would let nobody but the owner read it
+        with contextlib.suppress(OSError):                  # safetensors would let nobody but the owner read it
             temporary.chmod(0o666 & ~umask())
         flush_to_disk(temporary)
         os.replace(temporary, path)

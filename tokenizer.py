@@ -100,8 +100,12 @@ class Tokenizer:
 
     def __init__(self, vocab, merges, config):
         self.vocab = dict(vocab)
+        if any(type(number) is not int for number in vocab.values()):
+            raise ValueError("the vocabulary has ids that are no whole numbers")
         self.rank = {pair: rank for rank, pair in enumerate(merges)}
         self.length = config.get("model_max_length", 77)
+        if type(self.length) is not int or self.length < 2:
+            raise ValueError(f"model_max_length {self.length!r} is not supported: a whole number from 2")
         self.cache = {}                                             # chunk -> ids, as prompts repeat their words
 
         added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}

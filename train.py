@@ -218,7 +218,8 @@ def hold(out):
     """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, saying who is
     in it. A folder that is still empty at the end is removed again."""
     state, holder = out / "state", out / "state" / ".holder"
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:                   # what it is told first it does last
+        stack.callback(remove_empty, state, out)
         try:
             state.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(state / ".lock", timeout=0.1))         # the kernel frees that of the dead
@@ -233,16 +234,19 @@ def hold(out):
         folders = (out, state, out / "student", out / "samples")
         remove(*(path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)))
         yield
-    with contextlib.suppress(OSError):
-        state.rmdir()
-        out.rmdir()
 
-def remove(*paths):
-    for path in paths:
-        path.unlink(missing_ok=True)
+def remove(*files):
+    for file in files:
+        file.unlink(missing_ok=True)
+
+def remove_empty(*folders):
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 def save(out, student, state, step, options):
     """What resume needs, with the options that made it; then the student, so that there is none without its state."""
+    check_finite(state, f"step {step}")
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     metadata = {"step": str(step), "options": json.dumps(options)}
     write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
@@ -275,9 +279,15 @@ def resume(path, state):
     wrong += [] if metadata.get("step", "").isdecimal() else [f"step {metadata.get('step')}"]
     if wrong:
         raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}); move it away to start anew")
+    check_finite(tensors, path)
     for name, tensor in state.items():
         tensor.copy_(tensors.pop(name))
     return int(metadata["step"])
+
+def check_finite(state, where):
+    """Raise BadInput if a tensor holds a value that is not finite, which would spoil the student from then on."""
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise BadInput(f"{where}: {', '.join(broken[:4])} not finite; nothing was saved over what there is")
 
 def check_space(out, state, student):
     """Raise BadInput if the disk cannot hold a checkpoint, of which a file is whole before it replaces the last one.

@@ -89,13 +89,14 @@ def test_composed_prompts_are_many_distinct_and_repeatable():
     assert all(3 <= len(prompt.split()) <= 24 for prompt in prompts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_run_saves_at_the_next_step(run, trained, tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_stopped_run_saves_at_the_next_step(run, trained, tmp_path, number, code):
+    """Only Ctrl-C is a failure, so that `train && evaluate` does not go on to evaluate."""
     process = start(*SHORT, "--out", tmp_path, "--save-every", 1000)
     wait_for(tmp_path / "config.json", process)
     process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == 0 and "stopped at step" in output, output
+    assert process.returncode == code and "stopping after this step" in output and "stopped at step" in output, output
     assert (tmp_path / "state" / "state.safetensors").exists(), output
     assert run(*SHORT, "--out", tmp_path, "--save-every", 1000).returncode == 0
     assert_bitwise_equal(tmp_path, trained[0])
@@ -215,7 +216,7 @@ def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tm
     assert [(r["sampler"], r["steps"], r["nfe"]) for r in rows] == teacher + [("student", 1, 1)]
     figures = {"frechet", "precision", "recall", "align_seen", "align_heldout", "rmse", "images_per_s"}
     assert all(set(r) >= figures for r in rows)
-    assert result["images"] == 5000 and Image.open(tmp_path / "e.png").size == (960, 8 * 96)
+    assert result["images"] == 5000 and Image.open(tmp_path / "e.png").height == 8 * 96
 
 
 @pytest.fixture

@@ -80,8 +80,8 @@ def test_grid_is_trailing_and_whole(schedule):
 
 @pytest.mark.parametrize("key, value", [
     ("beta_schedule", "sigmoid"), ("prediction_type", "flow"), ("beta_start", None), ("beta_end", "x"),
-    ("beta_end", 1.2), ("num_train_timesteps", 1000.0), ("num_train_timesteps", 0), ("trained_betas", [0.1, 0.2]), ("beta_end", True),
-    ("rescale_betas_zero_snr", "yes"), ("use_flow_sigmas", True)])
+    ("beta_end", 1.2), ("num_train_timesteps", 1000.0), ("num_train_timesteps", 0), ("trained_betas", [0.1, 0.2]),
+    ("beta_end", True), ("rescale_betas_zero_snr", "yes"), ("use_flow_sigmas", True)])
 def test_unsupported_schedule_names_key_and_value(key, value):
     with pytest.raises(ValueError, match=re.escape(f"{key} {value!r} is not supported")):
         Schedule({**SD, key: value})

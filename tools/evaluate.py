@@ -109,6 +109,12 @@ class Evaluation:
         return torch.cat([sampler(eps, **condition) for eps, condition in inputs])
 
     @torch.no_grad()
+    def pictures(self, sampler):
+        """The first ten, for people."""
+        eps, condition = self.inputs(slice(0, 10))
+        return to_pil(self.teacher.decode(sampler(eps, **condition), self.seeds))
+
+    @torch.no_grad()
     def measure(self, sampler, name, solution):
         """A row's figures of quality; solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
@@ -217,6 +223,7 @@ def main():
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     evaluation = Evaluation(student, args.images, w, args.seed)
+    last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour
     rows, solution = teacher_rows(evaluation, args.fresh)
     measured = evaluation.measure(evaluation.one_step(), "student", solution)
     rows.append({"sampler": "student", "steps": 1, "nfe": 1} | measured)
@@ -238,10 +245,7 @@ def main():
     keep = operator.call if args.json else store             # who names a file wants it
     keep(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
                            "guidance": w, "judge": accuracy, "rows": rows})
-    samplers = [evaluation.ddim(k) for k in STEPS] + [evaluation.one_step()]
-    with torch.no_grad():
-        eps, condition = evaluation.inputs(slice(0, 10))
-        pictures = [to_pil(teacher.decode(sampler(eps, **condition))) for sampler in samplers]
+    pictures = [*(evaluation.pictures(evaluation.ddim(k)) for k in STEPS), last_row]
     grid = image_grid(pictures, 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
     keep(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")

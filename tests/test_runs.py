@@ -1,0 +1,249 @@
+"""Runs that are stopped, killed, started twice, started with other options, or find no room."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import train
+from checkpoint import TINY, WEIGHTS, write_file, write_json
+from conftest import ROOT
+from signal_ode import Schedule
+
+SHORT = ["--batch", 4, "--sample-every", 0, "--warmup", 2, "--save-every", 2]
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """The folder of a run of two steps. Copy it before changing it."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    done = run("train.py", *SHORT, "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def two(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "two")
+
+
+def start(*args, before=()):
+    return subprocess.Popen([*before, sys.executable, "train.py", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+def everything(folder):
+    """{name: bytes} of a folder's files."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_in_the_same_folder_is_told_who_is_there(call, tmp_path):
+    process = start(*SHORT, "--steps", 10**6, "--out", tmp_path / "run")
+    try:
+        wait_for(tmp_path / "run" / "state" / "state.safetensors", process)
+        code, _, error = call("train", *SHORT, "--steps", 10**6, "--lr", 1, "--out", tmp_path / "run")
+        assert code == 2 and f"process {process.pid} on " in error and f"is training in {tmp_path}" in error
+        assert call("train", *SHORT, "--steps", 10**6, "--out", tmp_path / "run", "--dry-run")[0] == 0
+        assert process.poll() is None
+    finally:
+        process.kill()                                      # the kernel frees its lock
+        process.wait()
+    with safe_open(tmp_path / "run" / train.STATE, "pt") as file:
+        step = int(file.metadata()["step"])
+    code, out, error = call("train", *SHORT, "--steps", 10**6 - 1, "--out", tmp_path / "run", "--dry-run")
+    assert code == 0 and f"resuming at step {step}" in out, error
+
+
+def test_a_state_says_itself_what_made_it(call, two):
+    (two / "config.json").unlink()
+    code, _, error = call("train", *SHORT, "--steps", 4, "--lr", "1e-4", "--out", two)
+    assert code == 2 and "lr 0.0005 there, 0.0001 here" in error
+    (two / "config.json").write_text("not for machines")
+    code, out, error = call("train", *SHORT, "--steps", 4, "--out", two)
+    assert code == 0 and "resuming at step 2" in out, error
+    assert json.loads((two / "config.json").read_text())["lr"] == 5e-4
+
+
+def test_options_are_free_until_something_is_saved(call, tmp_path):
+    write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6})      # as an out-of-memory start leaves it
+    code, out, error = call("train", *SHORT, "--steps", 2, "--out", tmp_path)
+    assert code == 0 and json.loads((tmp_path / "config.json").read_text())["batch"] == 4, error
+
+
+def test_a_student_without_its_state_is_never_replaced(call, two):
+    shutil.rmtree(two / "state")
+    before = everything(two)
+    code, _, error = call("train", *SHORT, "--steps", 2, "--out", two)
+    assert code == 2 and "holds a student, but no state to go on from" in error and everything(two) == before
+
+
+def test_a_crash_between_state_and_student_is_mended(call, two, monkeypatch):
+    """The state is saved first; a start from it writes its student again."""
+    whole = everything(two / "student")
+    (two / "student" / WEIGHTS).write_bytes(b"an older one")
+    code, _, error = call("train", *SHORT, "--steps", 2, "--out", two)
+    assert code == 0 and everything(two / "student") == whole, error
+
+
+def test_what_a_killed_save_left_is_removed(call, two):
+    left = [two / "state" / ".tmpAbC12", two / "state" / "state.safetensors.new", two / "student" / f"{WEIGHTS}.new",
+            two / "log.jsonl.new", two / "config.json.new"]
+    for path in left:
+        path.write_bytes(b"half")
+    kept = two / "notes.txt"
+    kept.write_text("mine")
+    assert call("train", *SHORT, "--steps", 2, "--out", two, "--dry-run")[0] == 0 and all(p.exists() for p in left)
+    assert call("train", *SHORT, "--steps", 2, "--out", two)[0] == 0
+    assert kept.exists() and not any(path.exists() for path in left)
+    assert {path.name for path in (two / "state").iterdir()} == {"state.safetensors"}
+
+
+def test_room_for_a_checkpoint_is_in_the_plan_and_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
+    _, plan, _ = call("train", *SHORT, "--steps", 9, "--out", tmp_path / "new", "--dry-run")
+    size = sum(path.stat().st_size for path in two.glob("*/*.safetensors")) / 1e9
+    assert f"a checkpoint takes {size:.2f} GB on disk, and " in plan
+    usage = namedtuple("usage", "total used free")
+    for free, out, enough in ((9e7, "new", False), (9.5e7, "new", True), (4e7, "two", False), (4.5e7, "two", True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e9, 0, free))
+        before = everything(tmp_path)
+        dry = ["--dry-run"] if enough else []
+        code, _, error = call("train", *SHORT, "--steps", 9, "--out", tmp_path / out, *dry)
+        assert code == (0 if enough else 2) and everything(tmp_path) == before, (free, out, error)
+        assert enough or f"no room in {tmp_path / out}, where {free / 1e9:.2f} GB are free: a checkpoint takes" in error
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    process = start(*SHORT, "--batch", 4000, "--steps", 10, "--out", tmp_path / "run")
+    wait_for(tmp_path / "run" / "config.json", process)
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130 and "a second Ctrl-C stops at once" in output and "Traceback" not in output, output
+    assert not (tmp_path / "run" / train.STATE).exists()
+
+
+def test_nohup_is_respected(tmp_path):
+    process = start(*SHORT, "--steps", 4, "--out", tmp_path / "run", before=["nohup"])
+    wait_for(tmp_path / "run" / "config.json", process)
+    process.send_signal(signal.SIGHUP)
+    output = process.communicate()[0]
+    assert process.returncode == 0 and "the student is in" in output, output
+
+
+def test_files_follow_the_umask(call, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert call("train", *SHORT, "--steps", 2, "--out", tmp_path / "run")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_a_file_system_without_chmod_and_fsync_is_no_error(tmp_path, monkeypatch):
+    def refuse(number):
+        def call(*_, **__):
+            raise OSError(number, os.strerror(number))
+        return call
+    write = lambda path: save_file({"a": torch.ones(1)}, path)
+    for number in (errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "fsync", refuse(number))
+        monkeypatch.setattr(os, "chmod", refuse(number))
+        write_file(tmp_path / "file", write)
+        assert load_file(tmp_path / "file")["a"] == 1
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+    with pytest.raises(checkpoint.BadInput, match="No space left"):
+        write_file(tmp_path / "file", write)
+
+
+@pytest.mark.parametrize("env, message", [
+    ({"WORLD_SIZE": "2"}, "warning: WORLD_SIZE=2 is not torchrun's, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PO"),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process trains alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
+def test_what_a_cluster_left_in_the_environment_is_no_torchrun(call, tmp_path, monkeypatch, env, message):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    code, _, error = call("train", *SHORT, "--steps", 1, "--out", tmp_path)
+    assert code == 0 and message in error and (tmp_path / train.STATE).exists(), error
+
+
+def test_a_torchrun_environment_that_is_no_number_is_one_sentence(call, tmp_path, monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "two")
+    code, _, error = call("train", "--out", tmp_path)
+    assert code == 2 and "must be whole numbers" in error
+
+
+def test_remarks_in_the_log_stay(call, two):
+    log = two / "log.jsonl"
+    log.write_bytes(b"a remark, \xff\n" + log.read_bytes() + b'{"step": "x"}\n[1]\n7\n{"step": 9, "seconds": 5}\n{"to')
+    assert call("train", *SHORT, "--steps", 4, "--out", two)[0] == 0
+    lines = log.read_bytes().split(b"\n")
+    assert lines[0] == b"a remark, \xff" and lines[2:5] == [b'{"step": "x"}', b"[1]", b"7"]
+    assert [json.loads(lines[k])["step"] for k in (1, 5)] == [2, 4] and lines[6:] == [b""]
+
+
+def test_a_negative_prompt_that_is_not_utf8_is_readable_everywhere(run, tmp_path):
+    done = run("train.py", *SHORT, "--steps", 1, "--out", tmp_path, "--negative-prompt", os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 0 and "is not UTF-8 text" in done.stderr, done.stderr
+    info = json.loads((tmp_path / "student" / "student.json").read_text(encoding="utf-8"))
+    assert info["negative_prompt"] == "caf\ufffd"
+
+
+def test_a_negative_prompt_without_guidance_warns(call, tmp_path):
+    options = ["--negative-prompt", "a bag", "--dry-run", "--out", tmp_path / "run"]
+    assert "--negative-prompt has no effect with --guidance 1" in call("train", "--guidance", 1, *options)[2]
+    assert "no effect" not in call("train", "--guidance", "1:3", *options)[2]
+
+
+@pytest.fixture
+def pixel(tmp_path):
+    """A function: changes of its scheduler's config -> a copy of the embedded pixel teacher, which predicts v."""
+    def make(**change):
+        others = shutil.ignore_patterns("student", "evaluation")
+        folder = shutil.copytree(TINY / "pixel", tmp_path / "pixel", ignore=others)
+        path = folder / "scheduler" / "scheduler_config.json"
+        write_json(path, checkpoint.read_json(path) | change)
+        return folder
+    return make
+
+
+def test_zero_terminal_snr_from_training_to_picture(pixel, call, tmp_path):
+    folder = pixel(rescale_betas_zero_snr=True)
+    assert Schedule(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")).alpha(1000) == 0
+    code, _, error = call("train", *SHORT, "--teacher", folder, "--steps", 10, "--out", tmp_path / "run",
+                          "--sample-every", 10)
+    assert code == 0 and json.loads((tmp_path / "run" / "log.jsonl").read_text())["bootstrap"] > 0, error
+    assert call("sample", "--student", tmp_path / "run", "--label", "bag", "--out", tmp_path / "a.png")[0] == 0
+
+
+def test_a_schedule_that_cannot_work_is_refused_when_loading(pixel, call, tmp_path):
+    folder = pixel(rescale_betas_zero_snr=True, prediction_type="epsilon")
+    code, _, error = call("train", *SHORT, "--teacher", folder, "--out", tmp_path / "run")
+    assert code == 2 and "'rescale_betas_zero_snr': True" in error and "v_prediction or sample" in error
+
+
+def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, call, tmp_path):
+    folder = pixel()
+    weights = load_file(folder / "unet" / WEIGHTS)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.nan}, folder / "unet" / WEIGHTS)
+    code, _, error = call("train", *SHORT, "--teacher", folder, "--out", tmp_path / "run")
+    assert code == 2 and "no weight has changed yet, so it is the teacher's" in error and "--lr" not in error
