@@ -17,18 +17,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 class Number:
-    """Equal to every number of a kind from low to high, so that a list of supported values may hold it."""
+    """All numbers of a kind from low to high, in a list of supported values."""
 
     def __init__(self, kind, low, high):
         self.kind, self.low, self.high = kind, low, high
 
-    def __eq__(self, value):
+    def __contains__(self, value):
         return type(value) in (int, self.kind) and self.low <= value <= self.high
 
     def __repr__(self):
         return f"a {'whole ' if self.kind is int else ''}number from {self.low} to {self.high}"
 
-FEW, COUNT, EPS = Number(int, 1, 100), Number(int, 1, 10**6), Number(float, 0, 1)
+FEW, COUNT, EPS = Number(int, 1, 100), Number(int, 1, 10**6), Number(float, 1e-12, 1)
+
+def is_in(value, supported):
+    """Whether a value is among the supported ones. 1 will do for 1.0, but neither 1.0 for 1 nor True for either."""
+    return any(value in good if isinstance(good, Number) else
+               value == good and type(value) in (type(good), int if type(good) is float else type(good))
+               for good in supported)
 
 def unsupported(key, value, wanted):
     """The error for a config's value."""
@@ -52,7 +58,7 @@ def settings(config, table, either=()):
         elif key in either:
             values[key] = [value] * len(config["block_out_channels"])
         for item in value if is_list and key in lists.union(either) else [value]:
-            if item not in supported:
+            if not is_in(item, supported):
                 raise unsupported(key, item, ", ".join(repr(good) for good in supported if good is not ...))
     if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
         raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
@@ -296,7 +302,8 @@ UNET = {
     "flip_sin_to_cos": [True, False], "freq_shift": [0, Number(float, 0, 1)], "time_embedding_type": ["positional"],
     "time_embedding_dim": [None, COUNT], "time_cond_proj_dim": [None, Number(int, 4, 10**6)],
     "class_embed_type": [None, "timestep"], "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
-    "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0], "mid_block_scale_factor": [1]}
+    "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0],
+    "mid_block_scale_factor": [1.0]}
 TEXT_UNET = UNET | {                                                            # UNet2DConditionModel
     "down_block_types": [..., "DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": [..., "UpBlock2D", "CrossAttnUpBlock2D"], "mid_block_type": ["UNetMidBlock2DCrossAttn"],
@@ -323,7 +330,10 @@ def is_pixel(config):
 
 def unet_settings(config):
     """The values of a U-Net's config, see settings."""
-    return settings(config, PIXEL_UNET) if is_pixel(config) else settings(config, TEXT_UNET, EITHER)
+    c = settings(config, PIXEL_UNET) if is_pixel(config) else settings(config, TEXT_UNET, EITHER)
+    if len(set(c.get("cross_attention_dim", []))) > 1:
+        raise unsupported("cross_attention_dim", c["cross_attention_dim"], "one number, the width of the text")
+    return c
 
 def target_slot(config):
     """What a student's embedding of the target time is called: SLOT_embedding in its weights, SLOT_embed_type in its

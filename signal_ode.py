@@ -36,7 +36,12 @@ def is_number(value, low, high, kind=float):
     """Whether a config's value is a number from low to high, and whole where the kind is int."""
     return type(value) in (int, kind) and low <= value <= high
 
-BETAS = ("trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
+# The schedulers whose noise is what their betas say; None is a config written by hand
+SCHEDULERS = (None, *(f"{name}Scheduler" for name in (
+    "PNDM", "DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverSinglestep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "EulerDiscrete",
+    "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")))
+BETAS = ("num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
 
 class Schedule:
     """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64 from a published config.
@@ -48,6 +53,8 @@ class Schedule:
         check(is_number(self.T, 1, 10**6, int), "num_train_timesteps", self.T, "a whole number from 1 to 1000000")
         check(self.prediction in ("epsilon", "v_prediction", "sample"), "prediction_type", self.prediction,
               "epsilon, v_prediction or sample")
+        kind = config.get("_class_name")
+        check(kind in SCHEDULERS, "_class_name", kind, "a scheduler of betas, such as DDIMScheduler")
         for key in ("thresholding", "use_flow_sigmas", "snr_shift_scale"):
             check(not config.get(key), key, config.get(key), "False")
         alpha_bar = torch.cumprod(1 - noise_rates(config, self.T), 0)                           # (T,)
@@ -96,25 +103,23 @@ class Schedule:
 def noise_rates(config, T):
     """beta_1 .. beta_T, float64 (T,), of a scheduler's config: the noise that each step of training time adds."""
     betas = config.get("trained_betas")
-    check(betas is not None or "beta_start" in config or "_class_name" not in config, "_class_name",
-          config.get("_class_name"), "schedules of betas")
     if betas is not None:
         good = isinstance(betas, (list, tuple)) and len(betas) == T and all(is_number(beta, 0, 1) for beta in betas)
         check(good, "trained_betas", betas, f"as many numbers as num_train_timesteps, {T}")
         return torch.tensor(betas, dtype=torch.float64)
-    beta_1, beta_T = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    for key, beta in (("beta_start", beta_1), ("beta_end", beta_T)):
-        check(is_number(beta, 0, 1), key, beta, "a number from 0 to 1")
     kind = config.get("beta_schedule", "linear")
-    if kind == "linear":                                                    # DDPM, Ho et al. 2020
-        return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-    if kind == "scaled_linear":                                             # Stable Diffusion
-        return torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2
+    check(kind in ("linear", "scaled_linear", "squaredcos_cap_v2"), "beta_schedule", kind,
+          "linear, scaled_linear or squaredcos_cap_v2")
     if kind == "squaredcos_cap_v2":                                         # Nichol & Dhariwal 2021, eq. 17
         u = torch.arange(T + 1, dtype=torch.float64) / T
         alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    check(False, "beta_schedule", kind, "linear, scaled_linear or squaredcos_cap_v2")
+    beta_1, beta_T = config.get("beta_start"), config.get("beta_end")
+    for key, beta in (("beta_start", beta_1), ("beta_end", beta_T)):
+        check(is_number(beta, 0, 1), key, beta, "a number from 0 to 1")
+    if kind == "linear":                                                    # DDPM, Ho et al. 2020
+        return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
+    return torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2            # Stable Diffusion
 
 def like(coefficient, x):
     """A coefficient, () or (B,), with the device, the precision and the dimensions to multiply samples x (B, ...)."""
