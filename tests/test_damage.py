@@ -180,7 +180,7 @@ KINDS = {
     "*.safetensors": [*[flipped, wrong_metadata] * 2, without_metadata, wrong_dtype, wrong_shape, without_tensor,
                       another_tensor, not_finite]}
 DAMAGE = [(pattern, kind) for pattern, kinds in KINDS.items() for kind in kinds]
-NOTICED = {wrong_shape, without_tensor, another_tensor}     # by every command that reads the file
+NOTICED = {wrong_dtype, wrong_shape, without_tensor, another_tensor}        # by every command that reads the file
 OF_STATE = {wrong_metadata, without_metadata}               # noticed there
 
 

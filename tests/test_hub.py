@@ -175,6 +175,38 @@ def named(*repositories, **sha256):
     return {"repositories": list(repositories), "sha256": sha256}
 
 
+def test_tokenizers_of_every_layout_are_fetched(hub, tiny):
+    """Added tokens; and tokenizer.json without the two older files, as transformers 5 writes it."""
+    folder = hub.repos["somebody/tiny"] / "tokenizer"
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": len(tiny.tokenizer.vocab)}))
+    with pytest.raises(BadInput, match="vocab_size = .* is not supported"):
+        load_teacher("somebody/tiny")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()[1:]
+    for name in ("added_tokens.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    whole = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    hub.repos["else/tiny"] = hub.repos["somebody/tiny"]
+    assert load_teacher("else/tiny").tokenizer.vocab == tiny.tokenizer.vocab
+
+
+@pytest.mark.parametrize("index", [
+    {"unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}, None])
+def test_a_model_of_latents_does_not_pass_as_one_of_pixels(hub, index):
+    """Not even where no model_index.json says what it is."""
+    folder = shutil.copytree(TINY / "pixel", hub.repos["somebody/tiny"].parent / "latent")
+    (folder / "vqvae").mkdir()
+    (folder / "vqvae" / "config.json").write_text("{}")
+    (folder / "model_index.json").unlink(missing_ok=True)
+    if index:
+        (folder / "model_index.json").write_text(json.dumps(index))
+    hub.repos["somebody/latent"] = folder
+    for spec in (folder, "somebody/latent"):
+        with pytest.raises(BadInput, match="vqvae = .* is not supported" if index else "on latents is not supported"):
+            load_teacher(spec)
+
+
 def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch, capsys):
     """The first mirror is gone, the second has other weights than published, the third is right."""
     good = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
