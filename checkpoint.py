@@ -94,7 +94,7 @@ def parsing(where):
         raise
     except KeyError as error:
         raise BadInput(f"{where} has no {error}") from None
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise BadInput(f"{where}: {error}") from None
 
 def read_json(path, kind=dict):
@@ -245,6 +245,11 @@ HUB = read_json(Path(__file__).parent / "hub.json")
 def is_embedded(spec):
     """Whether spec, a name or a folder, is a teacher that comes with this code."""
     return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
+
+def last_name(spec):
+    """What a run is called by default: the last part of its teacher's name, hub id or folder."""
+    url = HUB_URL.fullmatch(spec)
+    return Path((url["repo"] if url else spec).partition("@")[0]).resolve().name
 
 def resolve(spec):
     """(folder, spec) of a name, a hub id or address, or a folder; a name or an id may end in @REVISION. The spec

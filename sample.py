@@ -30,8 +30,8 @@ def parse_args():
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
-    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same seeds "
-           "are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
+    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same "
+           "seeds are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
     option("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")

@@ -34,8 +34,8 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import (EMBEDDED, HUB, BadInput, command, is_embedded, open_tensors, parsing, read_tensors, write_file,
-                        write_json)
+from checkpoint import (EMBEDDED, HUB, BadInput, command, is_embedded, last_name, open_tensors, parsing, read_tensors,
+                        write_file, write_json)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
@@ -117,7 +117,7 @@ def parse_args():
     add_options(parser)
     args = parser.parse_args()
     args.negative_prompt = readable(args.negative_prompt)
-    args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
+    args.out = args.out or Path("runs") / last_name(args.teacher)
     for name in set(DEFAULTS) - {"micro_batch", "guidance"}:        # split_batch and settle choose those two
         if getattr(args, name) is None:
             setattr(args, name, default(name, args.teacher))
@@ -131,12 +131,11 @@ def torchrun():
     """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
     what a cluster left there, and this is the only process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if os.environ.get(name)]
-    if given != list(names):
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            missing = ", ".join(name for name in names if name not in given)
-            warnings.warn(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is not torchrun's, without {missing}: one process "
-                          "trains alone", stacklevel=2)
+    missing = ", ".join(name for name in names if not os.environ.get(name))
+    size = os.environ.get("WORLD_SIZE", "1")
+    if missing and size != "1":
+        warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process trains alone", stacklevel=2)
+    if missing or size == "1":
         return 0, 1, 0
     try:
         return tuple(int(os.environ[name]) for name in names[:3])
@@ -279,9 +278,9 @@ def resume(path, state):
     wrong += [] if metadata.get("step", "").isdecimal() else [f"step {metadata.get('step')}"]
     if wrong:
         raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}); move it away to start anew")
-    check_finite(tensors, path)
     for name, tensor in state.items():
         tensor.copy_(tensors.pop(name))
+    check_finite(state, path)
     return int(metadata["step"])
 
 def check_finite(state, where):
@@ -335,7 +334,7 @@ def warn_once(message, *_):
     warnings.filterwarnings("ignore", re.escape(str(message)[:20]))
 
 class Stop:
-    """Handler of SIGTERM, SIGHUP and Ctrl-C: the loop finishes its step, saves and ends; a second Ctrl-C ends it now."""
+    """Handler of SIGTERM, SIGHUP and Ctrl-C: the loop ends its step, saves and stops; a second Ctrl-C stops it now."""
     asked = interrupted = False
 
     def __init__(self, speaks):

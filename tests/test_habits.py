@@ -254,7 +254,7 @@ def test_addresses_of_the_hub_are_understood(monkeypatch, spec, repo, revision):
     monkeypatch.setattr(checkpoint, "fetch", lambda *what: asked.append(what) or TINY)
     assert checkpoint.resolve(spec) == (TINY, f"{repo}@{revision}" if revision else repo)
     load_student(spec)
-    assert asked == [(repo, revision)] * 2
+    assert asked == [(repo, revision)] * 2 and checkpoint.last_name(spec) == repo.split("/")[1]
 
 
 def test_trailing_slashes_of_names_and_folders_do_not_matter():
