@@ -66,9 +66,9 @@ def new_student(teacher, input_time, guidance):
         tensors["time_embedding.cond_proj.weight"] = zeros
     return Student(build(UNet, config, tensors, files[0]), teacher, input_time, guidance)
 
-def save_student(folder, student, dtype=torch.float32):
+def save_student(folder, student, dtype=torch.float32, **metadata):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
-    what this code needs to call the student. Raises BadInput."""
+    what this code needs to call the student. metadata: texts that the weights' file keeps. Raises BadInput."""
     folder, teacher = Path(folder), student.teacher
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in student.network.state_dict().items()}
@@ -76,7 +76,7 @@ def save_student(folder, student, dtype=torch.float32):
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt", **metadata}))
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
     """The student in a folder or hub repository, or in its `student/` as train.py leaves it.

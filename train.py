@@ -34,8 +34,8 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import (EMBEDDED, HUB, BadInput, command, is_embedded, last_name, open_tensors, parsing, read_tensors,
-                        write_file, write_json)
+from checkpoint import (EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, open_tensors, parsing,
+                        read_tensors, write_file, write_json)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
@@ -249,7 +249,12 @@ def save(out, student, state, step, options):
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     metadata = {"step": str(step), "options": json.dumps(options)}
     write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
-    save_student(out / "student", student)
+    save_student(out / "student", student, step=str(step))
+
+def saved_step(path):
+    """The step, a text, in the metadata of a file of tensors; None if there is no such file, or none that is whole."""
+    with contextlib.suppress(BadInput), open_tensors(path) as file:
+        return (file.metadata() or {}).get("step")
 
 def check_options(out, options):
     """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
@@ -396,13 +401,13 @@ def train(args, rank, world, local_rank):
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, averaged.network, optimizer)
-    saved_step = torch.zeros((), dtype=torch.int64, device=device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
     if rank == 0:
-        saved_step.fill_(resume(args.out / STATE, state))
+        step.fill_(resume(args.out / STATE, state))
     if world > 1:
-        for tensor in (saved_step, *state.values()):
+        for tensor in (step, *state.values()):
             dist.broadcast(tensor, 0)
-    start = done = saved_step.item()
+    start = done = step.item()
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     if rank == 0:
@@ -417,8 +422,8 @@ def train(args, rank, world, local_rank):
     stop = Stop(speaks=rank == 0)
     if rank == 0:
         write_json(args.out / "config.json", options)       # for people
-        if start:
-            save_student(args.out / "student", averaged)    # a crash may have left an older one beside this state
+        if start and saved_step(args.out / "student" / WEIGHTS) != str(start):          # a crash left an older one
+            save_student(args.out / "student", averaged, step=str(start))
         began = time.time() - rewind_log(args.out / "log.jsonl", start)
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one
