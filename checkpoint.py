@@ -35,7 +35,7 @@ class BadInput(ValueError):
 
 class Stream:
     """stdout or stderr that never stops the work: it escapes what its encoding lacks (an emoji in cp1252), and goes on
-    in silence where nobody reads it any more (`| head -1`)."""
+    in silence where nobody can read it any more (`| head -1`, a closed terminal)."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")     # None if it was closed from the start
@@ -51,7 +51,7 @@ class Stream:
     def attempt(self, action, *args):
         try:
             return action(*args)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
@@ -87,7 +87,7 @@ def require(good, where, key, value, supported):
 
 @contextlib.contextmanager
 def parsing(where):
-    """What goes wrong while a foreign file is taken apart is a BadInput that begins with `where`, its name."""
+    """What goes wrong while somebody's file is taken apart is a BadInput that begins with `where`, its name."""
     try:
         yield
     except BadInput:
@@ -115,21 +115,18 @@ def write_file(path, write):
     temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode                     # safetensors would let nobody but the owner read it
         write(temporary)
-        with contextlib.suppress(OSError):                  # safetensors would let nobody but the owner read it
-            temporary.chmod(0o666 & ~umask())
+        with contextlib.suppress(OSError):
+            temporary.chmod(mode)
         flush_to_disk(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)               # a full disk gets its space back
         raise BadInput(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
-
-def umask():
-    """The permissions that new files shall not have."""
-    mask = os.umask(0o077)                                  # it can't be read without being set
-    os.umask(mask)
-    return mask
 
 def flush_to_disk(path):
     """fsync, where the file system knows it."""
@@ -175,7 +172,7 @@ def read_tensors(paths, device="cpu", dtype=None):
                     name = names.pop()
                     stored = file.get_tensor(name)
                     if not stored.is_floating_point():
-                        raise BadInput(f"{path}: {name} is {stored.dtype}, no weight")
+                        raise BadInput(f"{path}: {name} is {stored.dtype}, but weights are floating-point")
                     tensors[name] = stored.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
                     if tensors[name] is not stored:
                         copied += stored.nbytes
@@ -195,8 +192,13 @@ def modern(name):
 
 def blank(network, config, where):
     """network(config) on the meta device, without weights. Raises BadInput; `where` names the file in it."""
-    with parsing(f"{where}: the config"), torch.device("meta"):
-        return network(config)
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except KeyError as error:
+        raise BadInput(f"{where}: the config has no {error}") from None
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{where}: {error}") from None
 
 def build(network, config, tensors, where):
     """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
@@ -244,7 +246,7 @@ HUB = read_json(Path(__file__).parent / "hub.json")
 
 def is_embedded(spec):
     """Whether spec, a name or a folder, is a teacher that comes with this code."""
-    return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
+    return str(spec).rstrip("/") in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
 
 def last_name(spec):
     """What a run is called by default: the last part of its teacher's name, hub id or folder."""
@@ -254,7 +256,10 @@ def last_name(spec):
 def resolve(spec):
     """(folder, spec) of a name, a hub id or address, or a folder; a name or an id may end in @REVISION. The spec
     returned means the same from any working directory. Raises BadInput, one sentence."""
-    spec = str(spec).rstrip("/") or "/"
+    spec = str(spec)
+    if spec.endswith("/") and Path(spec).is_dir():          # a folder, even if it has the name of a teacher
+        return find(spec)
+    spec = spec.rstrip("/")
     if spec in EMBEDDED:
         return EMBEDDED[spec], spec
     if spec.partition("@")[0] in HUB:
@@ -270,7 +275,7 @@ HUB_URL = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|{re.esc
 
 def find(spec, name=""):
     """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
-    directory; name: what else it might have been, for the message. Raises BadInput, one sentence."""
+    directory. name: what else it might have been, for the message. Raises BadInput, one sentence."""
     path, url = Path(spec), HUB_URL.fullmatch(str(spec))
     if path.is_dir():
         return path, str(path.resolve())
@@ -288,7 +293,7 @@ def find(spec, name=""):
                        f"meant, give its address, {ENDPOINT}/{spec}")
     repo, revision = found["repo"], found["revision"] and unquote(found["revision"])
     try:
-        return fetch(repo, revision), f"{repo}@{revision}" if revision else repo
+        return fetch(repo, revision), str(spec).rstrip("/")
     except BadInput as error:
         raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
 

@@ -16,6 +16,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+def fits(value, kind):
+    """Whether a config's value is of a kind: a whole number will do for float, but not True for a number."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
 class Number:
     """All numbers of a kind from low to high, in a list of supported values."""
 
@@ -23,7 +27,7 @@ class Number:
         self.kind, self.low, self.high = kind, low, high
 
     def __contains__(self, value):
-        return type(value) in (int, self.kind) and self.low <= value <= self.high
+        return fits(value, self.kind) and self.low <= value <= self.high
 
     def __repr__(self):
         return f"a {'whole ' if self.kind is int else ''}number from {self.low} to {self.high}"
@@ -31,14 +35,13 @@ class Number:
 FEW, COUNT, EPS = Number(int, 1, 100), Number(int, 1, 10**6), Number(float, 1e-12, 1)
 
 def is_in(value, supported):
-    """Whether a value is among the supported ones. 1 will do for 1.0, but neither 1.0 for 1 nor True for either."""
-    return any(value in good if isinstance(good, Number) else
-               value == good and type(value) in (type(good), int if type(good) is float else type(good))
+    """Whether a value is among the supported ones."""
+    return any(value in good if isinstance(good, Number) else value == good and fits(value, type(good))
                for good in supported)
 
 def unsupported(key, value, wanted):
     """The error for a config's value."""
-    return ValueError(f"config {key} = {value!r} is not supported: {wanted}")
+    return ValueError(f"{key} = {value!r} is not supported: {wanted}")
 
 def settings(config, table, either=()):
     """The values of a published config by the table's keys; what else it has, the reference ignores as well.
@@ -53,7 +56,7 @@ def settings(config, table, either=()):
             raise KeyError(key)
         is_list, supported = isinstance(value, (list, tuple)), [default, *others]
         if key in lists or (is_list and key in either):
-            if not is_list or len(value) != len(config["block_out_channels"]):
+            if not is_list or not value or len(value) != len(config["block_out_channels"]):
                 raise unsupported(key, value, "one value for each of block_out_channels")
         elif key in either:
             values[key] = [value] * len(config["block_out_channels"])
@@ -367,7 +370,7 @@ class UNet(nn.Module):
         layers = [c["layers_per_block"] for _ in levels] if pixel else c["layers_per_block"]
         groups, eps, scale_shift = c["norm_num_groups"], c["norm_eps"], c["resnet_time_scale_shift"] == "scale_shift"
         if channels[0] % 2:
-            raise unsupported("block_out_channels", channels, "sines and cosines, an even number first")
+            raise unsupported("block_out_channels", channels, "an even first one, for sines and cosines of the time")
         c_emb = c["time_embedding_dim"] or 4 * channels[0]
         resnet = functools.partial(Resnet, c_emb=c_emb, groups=groups, eps=eps, scale_shift=scale_shift)
         self.sinusoid = functools.partial(sinusoid, dim=channels[0], flip=c["flip_sin_to_cos"], shift=c["freq_shift"])

@@ -39,7 +39,8 @@ def parse_args():
     return p.parse_args()
 
 def check(args, prompts, teacher):
-    """Raise BadInput for options out of range, and for prompts that the teacher does not take."""
+    """Raise BadInput for options out of range, and for prompts that the teacher does not take. Returns the file of the
+    only picture or of the sheet, if --out names one, else None."""
     takes = f"--{teacher.takes}" if teacher.takes else "neither --prompt nor --label"
     if (args.label and teacher.takes != "label") or (args.prompt and teacher.takes != "prompt") or (
             prompts and teacher.takes is None):
@@ -53,17 +54,14 @@ def check(args, prompts, teacher):
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
     if teacher.labels:
         teacher.encode(prompts)                             # an unknown one is said before the first picture
+    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
+        return None
     num = args.num * max(1, len(prompts))
-    if is_picture(args.out) and num > 1 and not args.grid:
+    if args.out.suffix.lower() != ".png":
+        raise BadInput(f"--out {args.out} is not supported: pictures are .png files")
+    if num > 1 and not args.grid:
         raise BadInput(f"--out {args.out} is one file, for {num} pictures: add --grid for a sheet, or give a folder")
-
-def is_picture(path):
-    """Whether --out names the file of a picture, and not a folder. Raises BadInput for another kind than PNG."""
-    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
-        return False
-    if path.suffix.lower() != ".png":
-        raise BadInput(f"--out {path} is not supported: pictures are .png files")
-    return True
+    return args.out
 
 @torch.no_grad()
 def main():
@@ -72,13 +70,12 @@ def main():
     prompts += read_prompts(args.prompts) if args.prompts else []
     student = load_student(args.student, args.teacher, pick_device(args.device), PRECISION[args.precision])
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
-    check(args, prompts, teacher)
+    file = check(args, prompts, teacher)
     prompts = prompts or [""]                               # an unconditional teacher is told nothing
 
     folder = Path(args.student).resolve()
     folder = folder.parent if folder.name == "student" else folder
     about = {"guidance": w, "student": "/".join(folder.parts[-2:]), "compare": args.compare or ""}
-    file = args.out if is_picture(args.out) else None       # of the only picture, or of the sheet of all
     jobs = [(prompt, args.seed + n * len(prompts) + k)
             for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []

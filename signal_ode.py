@@ -43,6 +43,9 @@ SCHEDULERS = (None, *(f"{name}Scheduler" for name in (
     "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")))
 BETAS = ("num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
 
+def check_solver(solver):
+    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
+
 class Schedule:
     """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64 from a published config.
     config: the dict of scheduler_config.json. Raises ValueError naming the key, the value and what is supported."""
@@ -55,17 +58,18 @@ class Schedule:
               "epsilon, v_prediction or sample")
         kind = config.get("_class_name")
         check(kind in SCHEDULERS, "_class_name", kind, "a scheduler of betas, such as DDIMScheduler")
-        for key in ("thresholding", "use_flow_sigmas", "snr_shift_scale"):
-            check(not config.get(key), key, config.get(key), "False")
-        alpha_bar = torch.cumprod(1 - noise_rates(config, self.T), 0)                           # (T,)
         zero_snr = config.get("rescale_betas_zero_snr")
         check(zero_snr in (None, False, True), "rescale_betas_zero_snr", zero_snr, "False or True")
+        for key in ("thresholding", "use_flow_sigmas", "snr_shift_scale"):
+            check(not config.get(key), key, config.get(key), "False")
+
+        alpha_bar = torch.cumprod(1 - noise_rates(config, self.T), 0)                           # (T,)
         if zero_snr:                                        # Lin et al. 2024, algorithm 1: alpha_T = 0
             alpha = alpha_bar.sqrt()
             alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])                  # (T + 1,)
         given = {key: config[key] for key in BETAS if config.get(key) is not None}
-        check((alpha_bar.diff() < 0).all() and alpha_bar[-1] >= 0, "the schedule", given,
+        check((alpha_bar.diff() < 0).all(), "the schedule", given,
               "more noise at every step, and some signal at every step but the last")
         check(self.prediction != "epsilon" or alpha_bar[-1] > 1e-12, "the schedule", given, "v_prediction or sample, "
               f"as an epsilon is divided by alpha_T, here {alpha_bar[-1].sqrt():.0e}, to give a clean sample")
@@ -169,7 +173,7 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
     denoise: callable (x_t, t, **condition) -> f, t an int. grid: decreasing ints, e.g. schedule.grid(50). Space "x":
     DDIM, states x_t from x_T = eps. Space "y": the Signal-ODE, states y_t from y_T = f(eps, T), which is the student's
     reference. start: replaces either start. Heun's method takes the mean of f at t and at the predicted s."""
-    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
+    check_solver(solver)
     step = ddim_step if space == "x" else signal_step
     if start is None:
         start = eps if space == "x" else denoise(eps, grid[0], **condition)
@@ -196,7 +200,7 @@ def student_signal(network, eps, t, i, schedule, **condition):
 def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler", **condition):
     """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s. No gradient. (B, ...)
     student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
-    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
+    check_solver(solver)
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
         f = teacher(noisy(y_t, eps, t, schedule), t, **condition)

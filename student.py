@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from checkpoint import (TINY, WEIGHTS, BadInput, build, find, load_module, read_json, read_tensors, require, resolve,
                         weight_files, write_file, write_json)
-from model import UNet, target_slot
-from signal_ode import is_number, student_signal
+from model import Number, UNet, target_slot
+from signal_ode import student_signal
 from teacher import Teacher
 
 class Student:
@@ -100,11 +100,11 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
         raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: "
                        f"fingerprint {info['fingerprint']}, not {teacher.fingerprint}")
     teacher.set_negative_prompt(info["negative_prompt"])
-    w, i, T = info["guidance"], info["input_time"], teacher.schedule.T
-    scales = w if isinstance(w, list) else [w, w]
-    require(len(scales) == 2 and all(is_number(scale, -1e4, 1e4) for scale in scales) and scales[0] <= scales[1],
-            path, "guidance", w, "a number, or a list of the lowest and the highest")
-    require(is_number(i, 1, T, int), path, "input_time", i, f"a whole number from 1 to {T}")
+    w, i, times = info["guidance"], info["input_time"], Number(int, 1, teacher.schedule.T)
+    scales, good = w if isinstance(w, list) else [w, w], Number(float, -1e4, 1e4)
+    require(len(scales) == 2 and all(scale in good for scale in scales) and scales[0] <= scales[1], path, "guidance", w,
+            f"{good}, or a list of the lowest and the highest")
+    require(i in times, path, "input_time", i, times)
     student = Student(load_module(UNet, folder, device, dtype), teacher, i, w)
     check_network(student, folder / "config.json")
     return student

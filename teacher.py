@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import (BadInput, load_module, modern, open_tensors, parsing, read_json, require, resolve, weight_files,
                         weight_names)
-from model import VAE, TextEncoder, UNet, is_pixel, unet_settings
-from signal_ode import Schedule, clean_prediction, guide, is_number, solve
+from model import VAE, Number, TextEncoder, UNet, is_pixel, unet_settings
+from signal_ode import Schedule, clean_prediction, guide, solve
 from tokenizer import Tokenizer
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {dtype: name for name, dtype in PRECISION.items()}
+PRECISION_NAME = {dtype: name for name, dtype in PRECISION.items()}
 
 def pick_device(name=None, local_rank=0):
     """The device of --device; None is CUDA if there is one, else the CPU. Of several GPUs, that of the local rank.
@@ -154,7 +154,7 @@ class Teacher:
                 part, half = "VAE" if finite[0] else "network", self.dtype == torch.float16
                 advice = "take --precision fp32 or bf16" if half else "its weights or its schedule are broken"
                 raise BadInput(f"the picture of seed {seed} is not finite, its {part} overflows in "
-                               f"{NAMES.get(self.dtype, self.dtype)}: {advice}")
+                               f"{PRECISION_NAME.get(self.dtype, self.dtype)}: {advice}")
         return images.float().clamp(-1, 1)
 
 def part_folder(folder, part):
@@ -163,21 +163,21 @@ def part_folder(folder, part):
 
 # The parts of a model that this code knows, and the classes that it takes them for; of those with None it makes sure
 # by their own config, or has no use for them.
-PARTS = {"unet": ("UNet2DConditionModel", "UNet2DModel"), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
-         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None, "safety_checker": None,
-         "feature_extractor": None, "image_encoder": None}
+CLASSES = {
+    "unet": ("UNet2DConditionModel", "UNet2DModel"), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None, "safety_checker": None,
+    "feature_extractor": None, "image_encoder": None}
 
 def read_parts(folder):
     """{part: class} that the model_index.json of a model lists or, where it has none, those of its folders, of unknown
     class. Raises BadInput for a part that a teacher of this code has not."""
     path = folder / "model_index.json"
     if not path.exists():
-        return {name: None for name in PARTS if (folder / name).is_dir()}
+        return {name: None for name in (*CLASSES, "vqvae") if (folder / name).is_dir()}
     lists = {name: value for name, value in read_json(path).items() if isinstance(value, list) and any(value)}
     for name, value in lists.items():
-        require(name in PARTS, path, name, value, f"no other parts than {', '.join(PARTS)}")
-        classes = PARTS[name] or value[-1:]
-        require(value[-1] in classes, path, name, value, ", ".join(map(str, classes)))
+        require(name in CLASSES, path, name, value, f"no other parts than {', '.join(CLASSES)}")
+        require(CLASSES[name] is None or value[-1] in CLASSES[name], path, name, value, ", ".join(CLASSES[name] or ()))
     return {name: value[-1] for name, value in lists.items()}
 
 def read_scheduler(folder):
@@ -190,9 +190,9 @@ def read_scheduler(folder):
     config = read_json(path)
     # If a config omits clip_sample, the DDPM and DDIM schedulers clip and the others don't.
     clips = config.get("clip_sample", config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler"))
-    bound = config.get("clip_sample_range", 1.0)
+    bound, bounds = config.get("clip_sample_range", 1.0), Number(float, 1e-3, 1e3)
     require(clips in (None, False, True), path, "clip_sample", clips, "false or true")
-    require(is_number(bound, 1e-3, 1e3), path, "clip_sample_range", bound, "a number from 0.001 to 1000")
+    require(bound in bounds, path, "clip_sample_range", bound, bounds)
     with parsing(path):
         return Schedule(config), bound if clips else None
 
@@ -203,17 +203,17 @@ def read_unet_config(folder):
     with parsing(where):
         c = unet_settings(config)
     pixel, kind, channels = is_pixel(config), parts.get("unet") or c["_class_name"], c["in_channels"]
-    size = config.get("sample_size")
+    size, good_size = config.get("sample_size"), Number(int, 1, 2**14)
     sizes = size if isinstance(size, list) else [size, size]
     for key, value, good, wanted in (
             ("_class_name", c["_class_name"], c["_class_name"] == kind, f"{kind}, which model_index.json says"),
             ("in_channels", channels, not pixel or channels == 3, "3, or any number where there is a VAE"),
             ("out_channels", c["out_channels"], c["out_channels"] == channels, f"in_channels, {channels}"),
-            ("sample_size", size, len(sizes) == 2 and all(is_number(n, 1, 2**14, int) for n in sizes),
-             "a whole number, or a list of height and width"),
+            ("sample_size", size, len(sizes) == 2 and all(n in good_size for n in sizes),
+             f"{good_size}, or a list of height and width"),
             ("num_class_embeds", c["num_class_embeds"], pixel or not c["num_class_embeds"], "null beside text")):
         require(good, where, key, value, wanted)
-    if pixel and ("vae" in parts or (folder / "vqvae").is_dir()):
+    if pixel and ("vae" in parts or "vqvae" in parts):
         raise BadInput(f"{where}: a UNet2DModel on latents is not supported: on pixels, without a VAE")
     if c["class_embed_type"] or c["target_embed_type"] or c["time_cond_proj_dim"]:
         raise BadInput(f"{where}: with class_embed_type or time_cond_proj_dim it is a student, not a teacher")
@@ -246,7 +246,7 @@ def fingerprint(paths, schedule, clip):
 
 def readable(text):
     """A text from the command line in which U+FFFD stands for what is not UTF-8, with a warning if that is needed."""
-    known = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    known = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if known != text:
         warnings.warn(f"the prompt {known!r} is not UTF-8 text: \ufffd stands for what can't be read", stacklevel=2)
     return known

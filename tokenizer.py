@@ -6,6 +6,7 @@
 Equal to the reference, transformers' CLIPTokenizer, on all text that the Unicode of Python 3.11 knows.
 """
 
+import bisect
 import json
 import re
 import unicodedata
@@ -119,10 +120,10 @@ class Tokenizer:
             self.vocab.setdefault(token, len(self.vocab))           # new ones are numbered as the reference does
         numbers = {token["content"]: index for index, token in added.items()}
         for name, token in entries.items():
-            number = numbers.get(name, self.vocab[name])
-            if number != self.vocab[name] or token.get("single_word") or name != name.strip():
-                raise ValueError(f"the added token {name!r}, {number}, is not supported: with the next free number, "
-                                 f"{self.vocab[name]}, without single_word, without blanks at its ends")
+            number, wanted = numbers.get(name, self.vocab[name]), self.vocab[name]
+            if number != wanted or token.get("single_word") or name != name.strip():
+                raise ValueError(f"the added token {name!r}, number {number}, is not supported: its number must be "
+                                 f"{wanted}, it must not be single_word nor have blanks at its ends")
         self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in special[:len(NAMED)])
 
         # A token is looked for in the prompt as it is written or, if its entry says so, normalized.
@@ -168,13 +169,18 @@ class Tokenizer:
             for chunk in self.chunk.finditer(prompt):
                 ids += self.encode(chunk[0])
                 if len(ids) >= self.length:
-                    cut_off = prompt[chunk.start():]
-                    shown = cut_off if len(cut_off) <= 80 else f"{cut_off[:80]}..."
+                    rest = prompt[chunk.start() if self.chunk is CHUNK else self.find_cut(prompt):]
+                    shown = rest if len(rest) <= 80 else f"{rest[:80]}..."
                     warnings.warn(f"prompt cut to {self.length} tokens, at: {shown}", stacklevel=2)
                     break
             ids = ids[:self.length - 1] + [self.end]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)           # (B, length)
+
+    def find_cut(self, prompt):
+        """Where the first chunk begins that is cut off a prompt of more tokens than there is room for."""
+        starts = [chunk.start() for chunk in CHUNK.finditer(prompt)]
+        return starts[bisect.bisect(starts, self.length - 2, key=lambda k: len(self.encode(prompt[:k]))) - 1]
 
     def encode(self, chunk):
         """The ids, a list of int, of a chunk of text."""

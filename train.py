@@ -137,10 +137,11 @@ def torchrun():
         warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process trains alone", stacklevel=2)
     if missing or size == "1":
         return 0, 1, 0
-    try:
-        return tuple(int(os.environ[name]) for name in names[:3])
-    except ValueError as error:
-        raise BadInput(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+    with parsing("RANK, WORLD_SIZE and LOCAL_RANK"):
+        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
+        if not 0 <= rank < world:
+            raise ValueError(f"there is no process {rank} of {world}")
+        return rank, world, local_rank
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
@@ -216,27 +217,30 @@ def training_state(network, ema, optimizer):
 def hold(out):
     """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, saying who is
     in it. A folder that is still empty at the end is removed again."""
-    state, holder = out / "state", out / "state" / ".holder"
-    with contextlib.ExitStack() as stack:                   # what it is told first it does last
+    state, lock, holder = out / "state", out / "state" / ".lock", out / "state" / ".holder"
+    with contextlib.ExitStack() as stack:                   # it undoes in reverse order
         stack.callback(remove_empty, state, out)
         try:
             state.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(state / ".lock", timeout=0.1))         # the kernel frees that of the dead
+            stack.enter_context(WeakFileLock(lock, timeout=0.1))        # where flock works, the kernel frees the dead's
         except TimeoutError:
             who = holder.read_text() if holder.exists() else "another process"
-            raise BadInput(f"{who} is training in {out}: wait for it, or choose another --out") from None
+            raise BadInput(f"{who} is training in {out}: wait for it, or choose another --out (if it is gone, remove "
+                           f"{lock})") from None
         except OSError as error:
             raise BadInput(f"can't write {out}: {error.strerror or error}") from None
-        stack.callback(remove, holder, state / ".lock")
+        stack.callback(remove, holder, lock)
         write_file(holder, lambda path: path.write_text(
             f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
-        folders = (out, state, out / "student", out / "samples")
-        remove(*(path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)))
+        folders = (state, out / "student", out / "samples")
+        left = [path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)]
+        remove(*left, out / "config.json.new", out / "log.jsonl.new")
         yield
 
-def remove(*files):
-    for file in files:
-        file.unlink(missing_ok=True)
+def remove(*paths):
+    for path in paths:
+        with contextlib.suppress(OSError):                  # a folder, or what Windows holds open
+            path.unlink()
 
 def remove_empty(*folders):
     with contextlib.suppress(OSError):
@@ -245,7 +249,9 @@ def remove_empty(*folders):
 
 def save(out, student, state, step, options):
     """What resume needs, with the options that made it; then the student, so that there is none without its state."""
-    check_finite(state, f"step {step}")
+    if broken := not_finite(state):
+        raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr, in another "
+                       "--out")
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     metadata = {"step": str(step), "options": json.dumps(options)}
     write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
@@ -259,12 +265,18 @@ def saved_step(path):
 def check_options(out, options):
     """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
     student whose state is gone. Before the first save, and for what may change between stretches, all are free."""
+    for path in (out / STATE, *(out / "student" / name for name in (WEIGHTS, "config.json", "student.json"))):
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder, in the way of a file")
     if not (out / STATE).exists():
         if (out / "student").exists():
             raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
         return
     with open_tensors(out / STATE) as file, parsing(out / STATE):
-        saved = dict(json.loads((file.metadata() or {})["options"]))
+        metadata = file.metadata() or {}
+        if "options" not in metadata:
+            raise ValueError(f"no options, as an older version saved it: move {out} away or choose another --out")
+        saved = dict(json.loads(metadata["options"]))
     free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
     if saved.get("fingerprint") == options["fingerprint"]:
         free.add("teacher")                                 # the same one, perhaps in another place
@@ -285,13 +297,13 @@ def resume(path, state):
         raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}); move it away to start anew")
     for name, tensor in state.items():
         tensor.copy_(tensors.pop(name))
-    check_finite(state, path)
+    if broken := not_finite(state):
+        raise BadInput(f"{path} is damaged: {broken} is not finite; move it away to start anew")
     return int(metadata["step"])
 
-def check_finite(state, where):
-    """Raise BadInput if a tensor holds a value that is not finite, which would spoil the student from then on."""
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise BadInput(f"{where}: {', '.join(broken[:4])} not finite; nothing was saved over what there is")
+def not_finite(state):
+    """The name of a tensor with a value that is not finite, which would spoil the student from then on; or None."""
+    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
 
 def check_space(out, state, student):
     """Raise BadInput if the disk cannot hold a checkpoint, of which a file is whole before it replaces the last one.
@@ -326,11 +338,16 @@ def rewind_log(path, step):
 
 @torch.no_grad()
 def paint(sampler, teacher, eps, condition, micro_batch):
-    """The pictures of a sampler (eps, **condition) -> latents, as many at once as training holds: PIL images."""
+    """The pictures of a sampler (eps, **condition) -> latents, as many at once as training holds: PIL images; or [] and
+    a warning, if they are not finite, which is no reason to end a run."""
     images = []
-    for first in range(0, len(eps), micro_batch):
-        rows = slice(first, first + micro_batch)
-        images += to_pil(teacher.decode(sampler(eps[rows], **select(condition, rows)), range(len(eps))[rows]))
+    try:
+        for first in range(0, len(eps), micro_batch):
+            rows = slice(first, first + micro_batch)
+            images += to_pil(teacher.decode(sampler(eps[rows], **select(condition, rows)), range(len(eps))[rows]))
+    except BadInput as error:
+        warnings.warn(f"no pictures: {error}", stacklevel=2)
+        return []
     return images
 
 def warn_once(message, *_):
@@ -374,8 +391,10 @@ def train(args, rank, world, local_rank):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # The others wait for the first one while it saves and paints, which may take long.
-        with parsing("the processes do not find each other"):
+        try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(f"the processes do not find each other: {error}") from None
 
     # ---- Teacher
     teacher = load_teacher(args.teacher, device, dtype)
@@ -482,12 +501,12 @@ def train(args, rank, world, local_rank):
         bootstrap = log["bootstrap"].sum().item() / args.batch
         boundary = log["boundary"].item()
         if not math.isfinite(bootstrap + boundary + norm):
-            advice = "--precision bf16 or fp32" if args.precision == "fp16" else "another teacher"
-            fault = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
+            advice = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
             if step == 0:
-                fault = f"no weight has changed yet, so it is the teacher's or its schedule's fault: take {advice}"
+                advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
+                advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
             raise BadInput(f"the loss is not finite at step {step} (times {t[:16].tolist()}, guidance "
-                           f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {fault}")
+                           f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {advice}")
         optimizer.step()
         done = step + 1
 
@@ -514,13 +533,11 @@ def train(args, rank, world, local_rank):
 
         # paint
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
-            try:
-                with autocast(device, dtype):
-                    student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
+            with autocast(device, dtype):
+                student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
+            if teacher_row and student_row:
                 grid = image_grid([teacher_row, student_row], 96)
                 write_file(args.out / "samples" / f"step_{done}.png", functools.partial(grid.save, format="PNG"))
-            except BadInput as error:                       # a picture is no reason to end a run
-                warnings.warn(str(error), stacklevel=1)
         if stopping:
             break
 

@@ -252,14 +252,28 @@ def test_a_mistyped_path_is_not_asked_for_at_the_hub(call, tmp_path, monkeypatch
 def test_addresses_of_the_hub_are_understood(monkeypatch, spec, repo, revision):
     asked = []
     monkeypatch.setattr(checkpoint, "fetch", lambda *what: asked.append(what) or TINY)
-    assert checkpoint.resolve(spec) == (TINY, f"{repo}@{revision}" if revision else repo)
+    assert checkpoint.resolve(spec) == (TINY, spec.rstrip("/"))
     load_student(spec)
     assert asked == [(repo, revision)] * 2 and checkpoint.last_name(spec) == repo.split("/")[1]
 
 
-def test_trailing_slashes_of_names_and_folders_do_not_matter():
-    assert checkpoint.resolve("tiny/") == checkpoint.resolve("tiny")
+def test_trailing_slashes_of_names_and_folders(tmp_path, monkeypatch):
     assert checkpoint.resolve(f"{TINY}/pixel/") == checkpoint.resolve(TINY / "pixel")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.resolve("tiny/") == checkpoint.resolve("tiny") and checkpoint.is_embedded("tiny/")
+    (tmp_path / "sd21").mkdir()                             # a folder, though sd21 is a name
+    assert checkpoint.resolve("sd21/")[0].resolve() == tmp_path / "sd21"
+
+
+def test_a_hub_id_of_which_a_folder_has_the_owners_name(tmp_path, monkeypatch):
+    """What the message advises leads to a teacher that is found again."""
+    (tmp_path / "google").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "fetch", lambda *_: TINY)
+    with pytest.raises(BadInput, match="if the hub's google/ddpm is meant, give its address, http") as caught:
+        checkpoint.resolve("google/ddpm")
+    spec = checkpoint.resolve(re.search(r"http\S+", str(caught.value))[0])[1]
+    assert checkpoint.resolve(spec) == (TINY, spec)
 
 
 @pytest.mark.parametrize("spec", ["https://civitai.com/models/4384", "https://huggingface.co/gpt2", "a/b/c"])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pty
 import shutil
 import signal
 import stat
@@ -111,12 +112,13 @@ def test_what_a_killed_save_left_is_removed(call, two):
             two / "log.jsonl.new", two / "config.json.new"]
     for path in left:
         path.write_bytes(b"half")
-    kept = two / "notes.txt"
+    kept = two / "mine.new"
     kept.write_text("mine")
+    (two / "state" / ".tmpfolder").mkdir()
     assert call("train", *SHORT, "--steps", 2, "--out", two, "--dry-run")[0] == 0 and all(p.exists() for p in left)
     assert call("train", *SHORT, "--steps", 2, "--out", two)[0] == 0
     assert kept.exists() and not any(path.exists() for path in left)
-    assert {path.name for path in (two / "state").iterdir()} == {"state.safetensors"}
+    assert {path.name for path in (two / "state").iterdir()} == {"state.safetensors", ".tmpfolder"}
 
 
 def test_room_for_a_checkpoint_is_in_the_plan_and_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
@@ -150,6 +152,19 @@ def test_nohup_is_respected(tmp_path):
     process.send_signal(signal.SIGHUP)
     output = process.communicate()[0]
     assert process.returncode == 0 and "the student is in" in output, output
+
+
+def test_a_closed_terminal_does_not_stop_the_save(tmp_path):
+    """Neither that it can't be written to any more nor its SIGHUP."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, SHORT), "--steps", "10000", "--out", tmp_path],
+                               cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    while not (tmp_path / "config.json").exists():
+        time.sleep(0.02)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and (tmp_path / "student" / WEIGHTS).exists()
 
 
 def test_files_follow_the_umask(call, tmp_path):
@@ -188,11 +203,12 @@ def test_what_a_cluster_left_in_the_environment_is_no_torchrun(call, tmp_path, m
     assert code == 0 and message in error and (tmp_path / train.STATE).exists(), error
 
 
-def test_a_torchrun_environment_that_is_no_number_is_one_sentence(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["two", "0", "-1"])
+def test_a_torchrun_environment_that_cannot_be_is_one_sentence(call, tmp_path, monkeypatch, value):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(key, "two")
+        monkeypatch.setenv(key, value)
     code, _, error = call("train", "--out", tmp_path)
-    assert code == 2 and "must be whole numbers" in error
+    assert code == 2 and error.startswith("error: RANK, WORLD_SIZE and LOCAL_RANK: ")
 
 
 def test_remarks_in_the_log_stay(call, two):
@@ -249,4 +265,4 @@ def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, 
     weights = load_file(folder / "unet" / WEIGHTS)
     save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.nan}, folder / "unet" / WEIGHTS)
     code, _, error = call("train", *SHORT, "--teacher", folder, "--out", tmp_path / "run")
-    assert code == 2 and "no weight has changed yet, so it is the teacher's" in error and "--lr" not in error
+    assert code == 2 and "no weight has changed yet, so that the teacher" in error and "--lr" not in error

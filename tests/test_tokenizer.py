@@ -119,6 +119,9 @@ def test_a_cut_prompt_warns_with_what_was_dropped(folder):
     assert torch.equal(cut, whole)
     with pytest.warns(UserWarning, match=f"at: {'dog ' * 20}...$"):
         tokenizer([fits + " dog" * 1000])
+    edit(folder("sd21-base") / "special_tokens_map.json", additional_special_tokens=["my dog"])
+    with pytest.warns(UserWarning, match="at: my  dog in a hat$"):
+        Tokenizer.from_folder(folder("sd21-base"))([fits + " my  dog in a hat"])
 
 
 def test_a_missing_or_broken_file_is_one_sentence_with_its_name(folder):
