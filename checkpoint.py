@@ -270,21 +270,22 @@ CONVERT = "python -c \"from diffusers import {} as P; P.{}('{}').save_pretrained
 
 # What may stand for a hub repository: OWNER/NAME, OWNER/NAME@REVISION, or the address of one of its pages
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
-HUB_URL = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|{re.escape(ENDPOINT)})/"
+HUB_URL = re.compile(rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)|{re.escape(ENDPOINT)})/"
                      r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?")
 
 def find(spec, name=""):
     """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
     directory. name: what else it might have been, for the message. Raises BadInput, one sentence."""
-    path, url = Path(spec), HUB_URL.fullmatch(str(spec))
+    path, url = Path(spec).expanduser(), HUB_URL.fullmatch(str(spec))
     if path.is_dir():
         return path, str(path.resolve())
     if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
         convert = CONVERT.format("StableDiffusionPipeline", "from_single_file", spec)
         raise BadInput(f"{spec} is one file, not a folder: give the one in which it lies or, if it is a whole model, "
                        f"convert it once, by `{convert}`, then give DIR")
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], 1)
-    hint = f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    others = [str(other) for other in path.parent.glob("*")] + ([*EMBEDDED, *HUB] if name else [])
+    near = difflib.get_close_matches(str(path), others, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
     found = url or HUB_ID.fullmatch(str(spec).rstrip("/"))
     if not found:
         raise BadInput(f"{spec!r} is neither {name}a folder{hint}, nor a hub id")

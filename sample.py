@@ -63,6 +63,13 @@ def check(args, prompts, teacher):
         raise BadInput(f"--out {args.out} is one file, for {num} pictures: add --grid for a sheet, or give a folder")
     return args.out
 
+def save_png(path, picture, about):
+    """Write a PNG file with text chunks that say what it is."""
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
+    write_file(path, functools.partial(picture.save, format="PNG", pnginfo=info))
+
 @torch.no_grad()
 def main():
     args = parse_args()
@@ -86,20 +93,17 @@ def main():
         latents.append(student(eps, 0, w=w, **condition))
         columns = [to_pil(teacher.decode(z, seeds)) for z in latents]
         for text, seed, *images in zip(texts, seeds, *columns):
-            info = PngInfo()
-            for key, value in {"prompt": text, "seed": seed, **about}.items():
-                info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
             picture, path = image_grid([images]), file or args.out / f"{seed:06d}.png"
             if args.grid:
                 pictures.append(picture)
             if not (args.grid and file):
-                write_file(path, functools.partial(picture.save, format="PNG", pnginfo=info))
+                save_png(path, picture, {"prompt": text, "seed": seed, **about})
                 print(f"{path}  {text}")
     if args.grid:
         across = len(prompts) if len(prompts) > 1 else max(1, round(len(pictures) ** 0.5))
         grid = image_grid([pictures[k:k + across] for k in range(0, len(pictures), across)], 96)
         path = file or args.out / "grid.png"
-        write_file(path, functools.partial(grid.save, format="PNG"))
+        save_png(path, grid, {"prompt": "\n".join(prompts), "seed": f"{jobs[0][1]} to {jobs[-1][1]}", **about})
         print(path)
 
 if __name__ == "__main__":

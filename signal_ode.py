@@ -30,7 +30,11 @@ import torch
 def check(good, key, value, supported):
     """Raise ValueError, with key, value and what is supported, if it is not good."""
     if not good:
-        raise ValueError(f"{key} {repr(value)[:80]} is not supported: {supported}")
+        raise ValueError(f"{key} {shorten(value)} is not supported: {supported}")
+
+def shorten(value, length=60):
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 def is_number(value, low, high, kind=float):
     """Whether a config's value is a number from low to high, and whole where the kind is int."""
@@ -68,11 +72,11 @@ class Schedule:
             alpha = alpha_bar.sqrt()
             alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])                  # (T + 1,)
-        given = {key: config[key] for key in BETAS if config.get(key) is not None}
-        check((alpha_bar.diff() < 0).all(), "the schedule", given,
-              "more noise at every step, and some signal at every step but the last")
-        check(self.prediction != "epsilon" or alpha_bar[-1] > 1e-12, "the schedule", given, "v_prediction or sample, "
-              f"as an epsilon is divided by alpha_T, here {alpha_bar[-1].sqrt():.0e}, to give a clean sample")
+        given = ", ".join(f"{key} {shorten(config[key])}" for key in BETAS if config.get(key) is not None)
+        if not (alpha_bar.diff() < 0).all():
+            raise ValueError(f"{given} is not supported: more noise at every step, and some signal before the last")
+        check(self.prediction != "epsilon" or alpha_bar[-1] > 1e-12, "prediction_type", "epsilon", "v_prediction or "
+              f"sample, as alpha_T is {alpha_bar[-1].sqrt():.0e}, by which an epsilon is divided, with {given}")
         self.tables = {torch.device("cpu"): (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())}
 
     def on_device_of(self, t):
@@ -109,7 +113,7 @@ def noise_rates(config, T):
     betas = config.get("trained_betas")
     if betas is not None:
         good = isinstance(betas, (list, tuple)) and len(betas) == T and all(is_number(beta, 0, 1) for beta in betas)
-        check(good, "trained_betas", betas, f"as many numbers as num_train_timesteps, {T}")
+        check(good, "trained_betas", betas, f"numbers from 0 to 1, as many as num_train_timesteps, {T}")
         return torch.tensor(betas, dtype=torch.float64)
     kind = config.get("beta_schedule", "linear")
     check(kind in ("linear", "scaled_linear", "squaredcos_cap_v2"), "beta_schedule", kind,

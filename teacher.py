@@ -85,7 +85,8 @@ class Teacher:
         if self.tokenizer.length > length:
             raise BadInput(f"{self.folder / 'tokenizer'}: model_max_length is more than the text encoder's {length}")
         require(len(vocab) == text["vocab_size"] > max(vocab.values()), self.folder / "text_encoder", "vocab_size",
-                text["vocab_size"], f"{len(vocab)}, the tokens of {self.folder / 'tokenizer'} and those added to them")
+                text["vocab_size"], f"{len(vocab)}, the tokens of {self.folder / 'tokenizer'} with those that were "
+                "added (resize_token_embeddings gives each its embedding)")
 
     @functools.cached_property
     def unet(self):
@@ -159,7 +160,9 @@ class Teacher:
 
 def part_folder(folder, part):
     """The folder of a model's part; models of pixels may keep all of theirs in one."""
-    return folder / part if (folder / part).is_dir() else folder
+    own, config = folder / part, folder / ("config.json" if part == "unet" else f"{part}_config.json")
+    there = own.is_dir() or ((folder / "model_index.json").exists() and not config.exists())
+    return own if there else folder
 
 # The parts of a model that this code knows, and the classes that it takes them for; of those with None it makes sure
 # by their own config, or has no use for them.
@@ -174,7 +177,8 @@ def read_parts(folder):
     path = folder / "model_index.json"
     if not path.exists():
         return {name: None for name in (*CLASSES, "vqvae") if (folder / name).is_dir()}
-    lists = {name: value for name, value in read_json(path).items() if isinstance(value, list) and any(value)}
+    lists = {name: value for name, value in read_json(path).items()
+             if isinstance(value, list) and any(value) and not name.startswith("_")}
     for name, value in lists.items():
         require(name in CLASSES, path, name, value, f"no other parts than {', '.join(CLASSES)}")
         require(CLASSES[name] is None or value[-1] in CLASSES[name], path, name, value, ", ".join(CLASSES[name] or ()))
@@ -184,7 +188,7 @@ def read_scheduler(folder):
     """(schedule, clip) of a model's folder. Raises BadInput."""
     path = part_folder(folder, "scheduler") / "scheduler_config.json"
     if not path.exists():
-        student = (folder / "student.json").exists()
+        student = any(folder.glob("student.json")) or any(folder.glob("student/student.json"))
         found = "a student, not a teacher" if student else "no model in the diffusers layout"
         raise BadInput(f"{folder} holds {found}: there is no {path.relative_to(folder)}")
     config = read_json(path)

@@ -82,6 +82,13 @@ def read(path, parse, default=None):
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
 
+def parse_object(text):
+    """A JSON object. Raises ValueError for another JSON value."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
 NAMED = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
          "pad_token": "<|endoftext|>"}
 
@@ -124,6 +131,10 @@ class Tokenizer:
             if number != wanted or token.get("single_word") or name != name.strip():
                 raise ValueError(f"the added token {name!r}, number {number}, is not supported: its number must be "
                                  f"{wanted}, it must not be single_word nor have blanks at its ends")
+        made = {"".join(pair) for pair in merges} | entries.keys()
+        if lost := [token for token in vocab if token not in made and len(token.removesuffix("</w>")) > 1]:
+            warnings.warn(f"no merge makes {len(lost)} of the {len(vocab)} tokens of the vocabulary, such as "
+                          f"{lost[0]!r}: are the merges whole?", stacklevel=2)
         self.start, self.end, self.unknown, self.pad = (self.vocab[token["content"]] for token in special[:len(NAMED)])
 
         # A token is looked for in the prompt as it is written or, if its entry says so, normalized.
@@ -139,23 +150,23 @@ class Tokenizer:
         added_tokens.json and tokenizer.json say what it lacks, as they do to the reference, if they are there.
         Raises ValueError, with the file's name, if a file is missing or broken."""
         folder = Path(folder)
-        config = read(folder / "tokenizer_config.json", json.loads)
-        whole = read(folder / "tokenizer.json", json.loads, {})
+        config = read(folder / "tokenizer_config.json", parse_object)
+        whole = read(folder / "tokenizer.json", parse_object, {})
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
         else:
-            vocab = read(folder / "vocab.json", json.loads)
+            vocab = read(folder / "vocab.json", parse_object)
             merges = read(folder / "merges.txt", lambda text: text.split("\n"))
             merges = [line for line in merges if line.strip() and not line.startswith("#version")]
         merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
         if "added_tokens_decoder" not in config:
             if not config.get("extra_special_tokens"):
                 config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
-            config |= read(folder / "special_tokens_map.json", json.loads, {})
+            config |= read(folder / "special_tokens_map.json", parse_object, {})
             # Here the reference takes additional_special_tokens for ordinary ones, if special_tokens_map.json has them.
             special = {token["content"] for token in special_tokens({**config, "additional_special_tokens": None})}
             added = {index: {"content": token, "special": token in special}
-                     for token, index in read(folder / "added_tokens.json", json.loads, {}).items()}
+                     for token, index in read(folder / "added_tokens.json", parse_object, {}).items()}
             added |= {token["id"]: token for token in whole.get("added_tokens", [])}
             config["added_tokens_decoder"] = added
         return cls(vocab, merges, config)

@@ -24,6 +24,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -132,7 +133,7 @@ def torchrun():
     what a cluster left there, and this is the only process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = ", ".join(name for name in names if not os.environ.get(name))
-    size = os.environ.get("WORLD_SIZE", "1")
+    size = os.environ.get("WORLD_SIZE") or "1"
     if missing and size != "1":
         warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process trains alone", stacklevel=2)
     if missing or size == "1":
@@ -142,6 +143,19 @@ def torchrun():
         if not 0 <= rank < world:
             raise ValueError(f"there is no process {rank} of {world}")
         return rank, world, local_rank
+
+def join(rank, world, backend):
+    """Meet the other processes. Says so if that takes long, because one may never come. Raises BadInput."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
+    patience.daemon = True
+    patience.start()
+    try:        # two hours: the others also wait for the first one while it saves and paints
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"the processes did not meet at {where}: {error}") from None
+    finally:
+        patience.cancel()
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
@@ -272,11 +286,11 @@ def check_options(out, options):
         if (out / "student").exists():
             raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
         return
-    with open_tensors(out / STATE) as file, parsing(out / STATE):
-        metadata = file.metadata() or {}
-        if "options" not in metadata:
-            raise ValueError(f"no options, as an older version saved it: move {out} away or choose another --out")
-        saved = dict(json.loads(metadata["options"]))
+    try:
+        with open_tensors(out / STATE) as file, parsing(out / STATE):
+            saved = dict(json.loads((file.metadata() or {})["options"]))
+    except BadInput as error:
+        raise BadInput(f"{error}; move {out} away to start anew") from None
     free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
     if saved.get("fingerprint") == options["fingerprint"]:
         free.add("teacher")                                 # the same one, perhaps in another place
@@ -294,11 +308,12 @@ def resume(path, state):
     wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     wrong += [] if metadata.get("step", "").isdecimal() else [f"step {metadata.get('step')}"]
     if wrong:
-        raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}); move it away to start anew")
+        raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}): move its folder away to start "
+                       "anew")
     for name, tensor in state.items():
         tensor.copy_(tensors.pop(name))
     if broken := not_finite(state):
-        raise BadInput(f"{path} is damaged: {broken} is not finite; move it away to start anew")
+        raise BadInput(f"{path} is damaged: {broken} is not finite: move its folder away to start anew")
     return int(metadata["step"])
 
 def not_finite(state):
@@ -366,11 +381,11 @@ class Stop:
                 signal.signal(number, self)
 
     def __call__(self, number, _):
-        if number == signal.SIGINT and self.interrupted:
+        if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
         if self.speaks and not self.asked:
             with contextlib.suppress(OSError):              # not print, which may be at work already
-                os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once, without saving\n")
+                os.write(2, b"\nstopping after this step; Ctrl-C now stops at once, without saving\n")
         self.asked, self.interrupted = True, self.interrupted or number == signal.SIGINT
 
 def main():
@@ -390,11 +405,7 @@ def train(args, rank, world, local_rank):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # The others wait for the first one while it saves and paints, which may take long.
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-        except (ValueError, RuntimeError) as error:
-            raise BadInput(f"the processes do not find each other: {error}") from None
+        join(rank, world, "nccl" if device.type == "cuda" else "gloo")
 
     # ---- Teacher
     teacher = load_teacher(args.teacher, device, dtype)
@@ -455,7 +466,8 @@ def train(args, rank, world, local_rank):
             teacher_row = paint(in_fifty, teacher, shown_eps, shown, micro_batch)
 
     # ---- Loop
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, mininterval=1)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
         lr = learning_rate(step, args)
         optimizer.param_groups[0]["lr"] = lr

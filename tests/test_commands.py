@@ -277,7 +277,7 @@ def test_broken_checkpoint_is_named_and_kept(call, trained, tmp_path):
     state = out / "state" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     code, _, stderr = call("train", *SHORT[1:], "--out", out, "--steps", 8)
-    assert code == 2 and "is not a whole safetensors file" in stderr
+    assert code == 2 and "is not a whole safetensors file" in stderr and f"move {out} away to start anew" in stderr
     assert state.stat().st_size == 1000
     assert_bitwise_equal(out, trained[0])
 

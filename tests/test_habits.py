@@ -225,7 +225,8 @@ def test_out_may_name_the_file_of_one_picture_or_sheet(call, tmp_path):
     code, _, error = call("sample", *PAINT, "--out", tmp_path / "two.png")
     assert code == 2 and "is one file, for 2 pictures: add --grid for a sheet, or give a folder" in error
     assert call("sample", *PAINT, "--grid", "--out", tmp_path / "two.png")[0] == 0
-    assert Image.open(tmp_path / "two.png").size == (192, 96)
+    sheet = Image.open(tmp_path / "two.png")
+    assert sheet.size == (192, 96) and sheet.text["seed"] == "0 to 1" and sheet.text["prompt"].startswith(PROMPT)
     code, _, error = call("sample", "--prompt", PROMPT, "--out", tmp_path / "picture.jpg")
     assert code == 2 and "pictures are .png files" in error
     (tmp_path / "folder.png").mkdir()

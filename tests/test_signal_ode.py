@@ -92,8 +92,10 @@ def test_unsupported_schedule_names_key_and_value(key, value):
     {"trained_betas": [0.0] * 1000}, {"trained_betas": [0.1] * 500 + [1.0] * 500}, {"beta_start": 0}])
 def test_schedule_that_cannot_work_is_refused(change):
     """An epsilon network is divided by alpha_T; none can do with steps without noise, or without signal before T."""
-    with pytest.raises(ValueError, match=f"the schedule .*'{next(iter(change))}': .* is not supported"):
+    key, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match="is not supported: ") as caught:
         Schedule({**SD, **change})
+    assert f"{key} {repr(value)[:40]}" in str(caught.value)
 
 
 def test_zero_terminal_snr_has_the_same_trajectory_in_x_and_in_y(eps):

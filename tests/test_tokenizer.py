@@ -124,6 +124,14 @@ def test_a_cut_prompt_warns_with_what_was_dropped(folder):
         Tokenizer.from_folder(folder("sd21-base"))([fits + " my  dog in a hat"])
 
 
+def test_merges_that_are_cut_short_warn(folder):
+    path = folder("sd15")
+    lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (path / "merges.txt").write_text("\n".join(lines[:-100]), encoding="utf-8")
+    with pytest.warns(UserWarning, match="no merge makes 100 of the 49408 tokens .*: are the merges whole?"):
+        Tokenizer.from_folder(path)
+
+
 def test_a_missing_or_broken_file_is_one_sentence_with_its_name(folder):
     path = folder("sd21-base")
     for file in FILES[:3]:
