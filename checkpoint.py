@@ -283,9 +283,10 @@ def find(spec, name=""):
         convert = CONVERT.format("StableDiffusionPipeline", "from_single_file", spec)
         raise BadInput(f"{spec} is one file, not a folder: give the one in which it lies or, if it is a whole model, "
                        f"convert it once, by `{convert}`, then give DIR")
-    others = [str(other) for other in path.parent.glob("*")] + ([*EMBEDDED, *HUB] if name else [])
-    near = difflib.get_close_matches(str(path), others, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    others = {known: known for known in (*EMBEDDED, *HUB) if name}
+    others |= {other.name: other for other in path.parent.glob("*")}
+    near = difflib.get_close_matches(path.name, others, 1)
+    hint = f" (did you mean {others[near[0]]}?)" if near else ""
     found = url or HUB_ID.fullmatch(str(spec).rstrip("/"))
     if not found:
         raise BadInput(f"{spec!r} is neither {name}a folder{hint}, nor a hub id")

@@ -48,21 +48,19 @@ def settings(config, table, either=()):
     table: key -> the default, `...` if there is none, and the other supported values. The lists, one value a level of
     the network, are block_out_channels and the block types; for the keys named in `either` one value stands for all
     levels. Raises ValueError with key, value and what is supported, and KeyError for what is missing."""
-    lists = {"block_out_channels", "down_block_types", "up_block_types"} & table.keys()
-    values = {}
-    for key, (default, *others) in table.items():
-        value = values[key] = config.get(key, default)
+    lists, values = {"block_out_channels", "down_block_types", "up_block_types"}, {}
+    for key, supported in table.items():
+        value = config.get(key, supported[0])
         if value is ...:
             raise KeyError(key)
-        is_list, supported = isinstance(value, (list, tuple)), [default, *others]
-        if key in lists or (is_list and key in either):
-            if not is_list or not value or len(value) != len(config["block_out_channels"]):
-                raise unsupported(key, value, "one value for each of block_out_channels")
-        elif key in either:
-            values[key] = [value] * len(config["block_out_channels"])
-        for item in value if is_list and key in lists.union(either) else [value]:
+        is_list = isinstance(value, (list, tuple))
+        many = key in lists or (key in either and is_list)
+        if many and not (is_list and value and len(value) == len(config["block_out_channels"])):
+            raise unsupported(key, value, "one value for each of block_out_channels")
+        for item in value if many else [value]:
             if not is_in(item, supported):
                 raise unsupported(key, item, ", ".join(repr(good) for good in supported if good is not ...))
+        values[key] = [value] * len(config["block_out_channels"]) if key in either and not many else value
     if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
         raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
     return values

@@ -27,29 +27,6 @@ import math
 
 import torch
 
-def check(good, key, value, supported):
-    """Raise ValueError, with key, value and what is supported, if it is not good."""
-    if not good:
-        raise ValueError(f"{key} {shorten(value)} is not supported: {supported}")
-
-def shorten(value, length=60):
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
-
-def is_number(value, low, high, kind=float):
-    """Whether a config's value is a number from low to high, and whole where the kind is int."""
-    return type(value) in (int, kind) and low <= value <= high
-
-# The schedulers whose noise is what their betas say; None is a config written by hand
-SCHEDULERS = (None, *(f"{name}Scheduler" for name in (
-    "PNDM", "DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverSinglestep",
-    "DPMSolverMultistepInverse", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "EulerDiscrete",
-    "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")))
-BETAS = ("num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
-
-def check_solver(solver):
-    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")
-
 class Schedule:
     """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64 from a published config.
     config: the dict of scheduler_config.json. Raises ValueError naming the key, the value and what is supported."""
@@ -228,3 +205,27 @@ def boundary_loss(student, teacher, eps, schedule, **condition):
     with torch.no_grad():
         target = teacher(eps, T, **condition)
     return (student(eps, T, **condition) - target).square().flatten(1).mean(1)
+
+# ------------------------------------------------------------------------------------------- what a config may say
+def check(good, key, value, supported):
+    """Raise ValueError, with key, value and what is supported, if it is not good."""
+    if not good:
+        raise ValueError(f"{key} {shorten(value)} is not supported: {supported}")
+
+def shorten(value, length=60):
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+def is_number(value, low, high, kind=float):
+    """Whether a config's value is a number from low to high, and whole where the kind is int."""
+    return type(value) in (int, kind) and low <= value <= high
+
+# The schedulers whose noise is what their betas say; None is a config written by hand
+SCHEDULERS = (None, *(f"{name}Scheduler" for name in (
+    "PNDM", "DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverSinglestep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "EulerDiscrete",
+    "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")))
+BETAS = ("num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
+
+def check_solver(solver):
+    check(solver in ("euler", "heun"), "solver", solver, "euler or heun")

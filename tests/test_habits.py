@@ -241,6 +241,10 @@ def test_a_mistyped_path_is_not_asked_for_at_the_hub(call, tmp_path, monkeypatch
     assert code == 2 and "tiny/pixle does not exist" in error and "did you mean tiny/pixel?" in error
     code, _, error = call("train", "--teacher", TINY / "pixle", "--out", tmp_path / "run")
     assert code == 2 and f"did you mean {TINY / 'pixel'}?" in error
+    code, _, error = call("train", "--teacher", "sd-21", "--out", tmp_path / "run")
+    assert code == 2 and "did you mean sd21?" in error
+    code, _, error = call("train", "--teacher", TINY / "nothing-like-it", "--out", tmp_path / "run")
+    assert code == 2 and "did you mean" not in error
     code, _, error = call("sample", "--student", "tiny/studnet", "--prompt", PROMPT)
     assert code == 2 and "did you mean tiny/student?" in error
 

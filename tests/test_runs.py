@@ -96,7 +96,7 @@ def test_a_student_without_its_state_is_never_replaced(call, two):
     assert code == 2 and "holds a student, but no state to go on from" in error and everything(two) == before
 
 
-def test_a_crash_between_state_and_student_is_mended(call, two, monkeypatch):
+def test_a_crash_between_state_and_student_is_mended(call, two):
     """The state is saved first; a start from it writes its student again, if it is not the one that there is."""
     path = two / "student" / WEIGHTS
     whole = load_file(path)
