@@ -1,4 +1,4 @@
-"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read.
+"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read. And its critic.
 
     student = load_student("runs/tiny")
     condition = student.teacher.encode(["a red ankle boot on a yellow background"])
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from checkpoint import (TINY, WEIGHTS, BadInput, build, find, load_module, read_json, read_tensors, require, resolve,
                         weight_files, write_file, write_json)
 from model import Number, UNet, target_slot
-from signal_ode import student_signal
+from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
 
 class Student:
@@ -48,23 +48,46 @@ class Student:
             raise BadInput(f"--guidance {w} is not supported by this student: {allowed}")
         return (lo + hi) / 2 if w is None else w
 
-def new_student(teacher, input_time, guidance):
-    """A student that equals its teacher before training: g(eps, t) = f(sigma_i * eps, i), for every t and w. float32.
-    It has the teacher's weights and an embedding of the target time: a copy of the teacher's time embedding whose last
-    layer is zero. For a range of guidance it also has a projection of w's embedding, which is zero."""
+class Critic:
+    """h(x_t, t), the denoiser of the student's own pictures that matching.py compares with the teacher: a network of the
+    teacher's architecture, and for a range of guidance told w as the student is."""
+
+    def __init__(self, network, student):
+        self.network, self.schedule, self.ranged = network, student.teacher.schedule, student.ranged
+
+    def __call__(self, x_t, t, w=None, **condition):
+        """The clean prediction (B, C, h, w) of x_t at times t (B,), 1..T. w: (B,), the scale of a ranged student."""
+        if self.ranged:
+            condition["guidance"] = w
+        return clean_prediction(self.network(x_t, self.schedule.index(t), **condition), x_t, t, self.schedule)
+
+def teacher_weights(teacher, guidance):
+    """(config, tensors, file) of a network that is to be trained and starts as its teacher's, in float32. For a range of
+    guidance it also has a projection of w's embedding, which is zero."""
     files = weight_files(teacher.unet_folder)
     config = read_json(teacher.unet_folder / "config.json")
-    slot = target_slot(config)
-    config[f"{slot}_embed_type"] = "timestep"
     tensors, _ = read_tensors(files, teacher.device, torch.float32)
-    for kind in ("weight", "bias"):
-        tensors[f"{slot}_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
-        tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
     if isinstance(guidance, list):
         config["time_cond_proj_dim"] = 256                  # the width that latent consistency models have
         zeros = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
         tensors["time_embedding.cond_proj.weight"] = zeros
-    return Student(build(UNet, config, tensors, files[0]), teacher, input_time, guidance)
+    return config, tensors, files[0]
+
+def new_student(teacher, input_time, guidance):
+    """A student that equals its teacher before training: g(eps, t) = f(sigma_i * eps, i), for every t and w. float32.
+    It has the teacher's weights and an embedding of the target time: a copy of the teacher's time embedding whose last
+    layer is zero."""
+    config, tensors, file = teacher_weights(teacher, guidance)
+    slot = target_slot(config)
+    config[f"{slot}_embed_type"] = "timestep"
+    for kind in ("weight", "bias"):
+        tensors[f"{slot}_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
+        tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
+    return Student(build(UNet, config, tensors, file), teacher, input_time, guidance)
+
+def new_critic(student):
+    """The critic of a student, which equals the unguided teacher before training. float32."""
+    return Critic(build(UNet, *teacher_weights(student.teacher, student.guidance)), student)
 
 def save_student(folder, student, dtype=torch.float32, **metadata):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,

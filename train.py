@@ -37,22 +37,27 @@ from tqdm import tqdm
 
 from checkpoint import (EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, open_tensors, parsing,
                         read_tensors, write_file, write_json)
+from matching import critic_loss, limited_guidance, matching_loss
 from signal_ode import bootstrap_loss, boundary_loss, contraction
-from student import Student, new_student, save_student
+from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
+PATH_EVERY = 1              # once the student is matched, every sample still has BOOT's losses
+MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1200, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
-    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "save_every": (100, 500), "sample_every": (100, 1000)}
+    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "critic_lr": (2e-4, 1e-5), "save_every": (100, 500),
+    "sample_every": (100, 1000)}
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
-    "weight": (-10, 10), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
+    "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 1), "match_guidance": (0, math.inf),
+    "match_until": (0, 1), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
 def default(name, teacher):
     """What DEFAULTS says for a teacher of this name or folder."""
@@ -92,6 +97,19 @@ def add_options(parser):
     option("--weight", type=float, default=0.0, help="power p of a sample's weight (1 - r)^p: 0, as in the paper, "
            "measures errors in units of the clean image; 2 of the signal, for the clean end (default: %(default)s)")
     option("--boundary-weight", type=float, default=0.1, help="beta; 0 leaves the noise end loose (default: 0.1)")
+    option = parser.add_argument_group("matching the teacher's distribution, which is not in the paper").add_argument
+    option("--match", type=float, default=1.0, help="weight of the matching loss; 0 is the paper alone: a third less "
+           "memory, and half the time of a step, but pictures blur (default: %(default)s)")
+    option("--match-from", type=float, default=0.6, help="part of the run after which the student is matched: first "
+           "it has to paint something (default: %(default)s)")
+    option("--match-guidance", type=float, default=0.75, help="how much of w - 1 the teacher has in it: less gives more "
+           "variety, more gives pictures truer to their prompts (default: %(default)s)")
+    option("--match-until", type=float, default=0.7, help="times above this part of T have no guidance in it "
+           "(default: %(default)s)")
+    option("--critic-lr", type=float, help=f"of the critic, which learns what the student paints; too low lags behind "
+           f"it, too high forgets {either['critic_lr']}")
+    option("--critic-updates", type=int, default=1, help="steps of the critic to one in which the student is matched; "
+           "more if the loss called matching rises (default: %(default)s)")
     option = parser.add_argument_group("machine").add_argument
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     option("--precision", choices=list(PRECISION), help="of the networks' passes; the ddpm teachers' epsilon wants "
@@ -185,8 +203,8 @@ def settle(args, teacher):
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noise, time, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
     depends neither on the number of processes nor on where it was interrupted. Returns eps (B, *shape), t (B,) uniform
-    on 1..T, the numbers of B prompts, w (B,)."""
-    eps, t, prompt, w = [], [], [], []
+    on 1..T, the numbers of B prompts, w (B,); and for matching n (B, *shape), tau (B,)."""
+    eps, t, prompt, w, n, tau = [], [], [], [], [], []
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
     for i in samples:
         digest = hashlib.blake2b(f"{seed} {step} {i}".encode(), digest_size=8).digest()
@@ -195,7 +213,14 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
         t.append(torch.randint(1, T + 1, (), generator=rng))
         prompt.append(torch.randint(num_prompts, (), generator=rng).item())
         w.append(lo + (hi - lo) * torch.rand((), generator=rng))
-    return torch.stack(eps), torch.stack(t), prompt, torch.stack(w)
+        n.append(torch.randn(shape, generator=rng))
+        tau.append(match_time(torch.rand((), generator=rng), T))
+    return torch.stack(eps), torch.stack(t), prompt, torch.stack(w), torch.stack(n), torch.stack(tau)
+
+def match_time(u, T):
+    """tau of a number u in [0, 1): whole, uniform."""
+    lo, hi = (max(1, round(share * T)) for share in MATCH_TIMES)
+    return (lo + u * (hi - lo + 1)).long().clamp(max=hi)
 
 def select(condition, rows):
     """The condition of some of the samples."""
@@ -219,12 +244,12 @@ def new_optimizer(params, lr, device):
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
-def training_state(network, ema, optimizer):
-    """All tensors that resume needs, by name: weights, average, Adam's moments. Random numbers need none: see draw."""
-    state = {f"ema.{name}": p for name, p in ema.named_parameters()} if ema is not network else {}
+def training_state(network, optimizer, prefix=""):
+    """All tensors of a network that resume needs, by name: weights, Adam's moments. Random numbers need none: see draw."""
+    state = {}
     for name, p in network.named_parameters():
-        state[f"network.{name}"] = p.detach()
-        state |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+        state[f"{prefix}network.{name}"] = p.detach()
+        state |= {f"{prefix}{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
     return state
 
 @contextlib.contextmanager
@@ -428,9 +453,22 @@ def train(args, rank, world, local_rank):
     student.network.checkpointing = args.grad_checkpointing
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
+    critic_params = []
+    if args.match:
+        critic = new_critic(student)
+        critic.network.requires_grad_(True)
+        critic.network.checkpointing = args.grad_checkpointing
+        critic_params = list(critic.network.parameters())
+        critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
+    match_from = round(args.match_from * args.steps)                        # the first step that matches the student
+    critic_from = match_from - args.warmup                                  # the critic has a start of so many
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
-    state = training_state(student.network, averaged.network, optimizer)
+    state = training_state(student.network, optimizer)
+    if args.ema:
+        state |= {f"ema.{name}": p for name, p in averaged.network.named_parameters()}
+    if args.match:
+        state |= training_state(critic.network, critic_optimizer, "critic_")
     step = torch.zeros((), dtype=torch.int64, device=device)
     if rank == 0:
         step.fill_(resume(args.out / STATE, state))
@@ -440,6 +478,8 @@ def train(args, rank, world, local_rank):
     start = done = step.item()
     for p in params:
         optimizer.state[p]["step"].fill_(start)
+    for p in critic_params:
+        critic_optimizer.state[p]["step"].fill_(max(0, start - critic_from))
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
@@ -473,26 +513,33 @@ def train(args, rank, world, local_rank):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),
-               "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device)}
+               "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device),
+               "matching": torch.zeros((), device=device), "critic": torch.zeros((), device=device)}
+        critic_learns = args.match > 0 and step >= critic_from
+        matching = critic_learns and step >= match_from and step % args.critic_updates == 0
+        path_every = PATH_EVERY if args.match and step >= match_from else 1
+        num_path = len(range(0, args.batch, path_every))
 
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
             # draw
             samples = range(first, first + micro_batch)
-            eps, t, prompt, w = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
-            eps, t, w = eps.to(device), t.to(device), w.to(device)
+            eps, t, prompt, w, n, tau = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
+            eps, t, w, n, tau = eps.to(device), t.to(device), w.to(device), n.to(device), tau.to(device)
             s = (t - delta).clamp(min=0)
             condition = teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
             # losses: L = L_BS + beta * L_BC, each backward on its own, so that one graph is in memory at a time
-            weight = (1 - contraction(t, s, schedule)).float() ** args.weight
-            with autocast(device, dtype):
-                L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight, **condition)
-            (grad_scale / args.batch * L_BS.sum()).backward()
-            bins = schedule.index(t) * BINS // schedule.T       # (micro_batch,): times 1..T to 0..BINS - 1
-            log["bootstrap"].index_add_(0, bins, L_BS.detach())
-            log["count"].index_add_(0, bins, torch.ones_like(w))
+            rows = [row for row, sample in enumerate(samples) if sample % path_every == 0]
+            if rows:
+                weight = (1 - contraction(t[rows], s[rows], schedule)).float() ** args.weight
+                with autocast(device, dtype):
+                    L_BS = bootstrap_loss(student, teacher.denoise, eps[rows], t[rows], s[rows], schedule, args.solver, weight, **select(condition, rows))
+                (grad_scale / num_path * L_BS.sum()).backward()
+                bins = schedule.index(t[rows]) * BINS // schedule.T       # (micro_batch,): times 1..T to 0..BINS - 1
+                log["bootstrap"].index_add_(0, bins, L_BS.detach())
+                log["count"].index_add_(0, bins, torch.ones_like(w[rows]))
             rows = [row for row, sample in enumerate(samples) if sample % BOUNDARY_EVERY == 0]
             if rows and args.boundary_weight:
                 with autocast(device, dtype):
@@ -500,9 +547,28 @@ def train(args, rank, world, local_rank):
                 (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
 
+            if critic_learns:
+                told = {name: value for name, value in condition.items() if name != "w"}
+                h = functools.partial(critic, w=w)
+                with torch.set_grad_enabled(matching), autocast(device, dtype):
+                    x = student(eps, 0, **condition)
+                if matching:
+                    w_tau = 1.0
+                    if args.guidance != 1:
+                        w_tau = limited_guidance(w, tau, args.match_guidance, args.match_until * schedule.T)
+                    with autocast(device, dtype):
+                        L_M = matching_loss(x, teacher.denoise, h, n, tau, schedule, w_tau, **told)
+                    (grad_scale * args.match / args.batch * L_M.sum()).backward()
+                    log["matching"] += L_M.detach().sum() / args.batch
+                with autocast(device, dtype):
+                    L_C = critic_loss(x.detach(), h, n, tau, schedule, **told)
+                (grad_scale / args.batch * L_C.sum()).backward()
+                log["critic"] += L_C.detach().sum() / args.batch
+
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
         if world > 1:
-            for tensor in (*log.values(), *(p.grad for p in params)):
+            learning = [*params, *critic_params] if critic_learns else params
+            for tensor in (*log.values(), *(p.grad for p in learning)):
                 dist.all_reduce(tensor)
 
         # step
@@ -510,7 +576,7 @@ def train(args, rank, world, local_rank):
             for p in params:
                 p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        bootstrap = log["bootstrap"].sum().item() / args.batch
+        bootstrap = log["bootstrap"].sum().item() / num_path
         boundary = log["boundary"].item()
         if not math.isfinite(bootstrap + boundary + norm):
             advice = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
@@ -520,6 +586,10 @@ def train(args, rank, world, local_rank):
             raise BadInput(f"the loss is not finite at step {step} (times {t[:16].tolist()}, guidance "
                            f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {advice}")
         optimizer.step()
+        if critic_learns:
+            torch.nn.utils.clip_grad_norm_(critic_params, 1.0)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
         done = step + 1
 
         # average
@@ -535,7 +605,7 @@ def train(args, rank, world, local_rank):
             bar.set_postfix(bootstrap=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
             line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
-                    "seconds": round(time.time() - began, 1), "bootstrap_by_time": by_time}
+                    "seconds": round(time.time() - began, 1), "bootstrap_by_time": by_time, "matching": log["matching"].item(), "critic": log["critic"].item()}
             with open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 

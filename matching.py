@@ -1,0 +1,44 @@
+"""Distribution matching, beyond the paper: pictures as sharp and as varied as the teacher's, and still without an image.
+
+Regression on a trajectory averages what the student cannot tell apart, and blurs. So that its pictures as a whole follow
+the teacher's distribution, noise them, and compare two denoisers there: the teacher, which pulls towards its own
+pictures, and a critic, a second copy of the teacher that learns all along to denoise the student's pictures, and pulls
+towards those. Where they disagree, the student has too many pictures or too few; the difference says which way to go.
+
+    x           the student's picture g(eps, 0); latents, where there is a VAE
+    n, tau      fresh Gaussian noise, not eps, and a time; x_tau = alpha_tau * x + sigma_tau * n
+    f           the teacher's guided clean prediction f_w(x_tau, tau)
+    h           the critic's clean prediction h(x_tau, tau), without guidance
+    d           h - f, up to a factor the gradient of the divergence KL(student || teacher) of the noisy distributions
+
+Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
+DMD (Yin et al. 2024, 2311.18828, eq. 7 and 8) for the scale of d, FreeFlow (2511.19428) for doing so beside a path that
+is learned from noise alone. Arguments and shapes as in signal_ode.py; pure functions of tensors and of callables.
+"""
+
+import torch
+
+from signal_ode import like, noisy
+
+def matching_loss(x, teacher, critic, n, tau, schedule, w=1.0, **condition):
+    """L_M of each sample, (B,): 1/2 || x - stopgrad[x - d / mean|x - f|] ||^2, whose gradient to x is d in units of the
+    teacher's own error. Gradients reach x alone. w: of the teacher, float or (B,): see limited_guidance."""
+    with torch.no_grad():
+        x_tau = noisy(x, n, tau, schedule)
+        f = teacher(x_tau, tau, w=w, **condition)
+        d = critic(x_tau, tau, **condition) - f
+        target = x - d / like((x - f).abs().flatten(1).mean(1), x)
+    return 0.5 * (x - target).square().flatten(1).mean(1)
+
+def critic_loss(x, critic, n, tau, schedule, **condition):
+    """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2 in units of the network's own output, epsilon, v or sample,
+    as it was trained. x: the student's pictures, without gradient."""
+    alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
+    unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
+    error = (critic(noisy(x, n, tau, schedule), tau, **condition) - x).square().flatten(1).mean(1)
+    return like(unit[schedule.prediction], error) * error
+
+def limited_guidance(w, tau, share, until):
+    """w of the teacher in L_M, (B,): 1 + share * (w - 1) up to the time `until`, and none, 1, at noisier ones, where it
+    costs variety (Kynkaanniemi et al. 2024, 2404.07724)."""
+    return torch.where(tau <= until, 1 + share * (w - 1), 1.0)
