@@ -2,7 +2,7 @@
 
     python sample.py --prompt "a red ankle boot on a yellow background"
     python sample.py --student runs/tiny --prompt "a blue bag on a white background" --num 16 --grid
-    python sample.py --prompt "a green coat on a pink background" --compare 1 10 50
+    python sample.py --prompt "a green coat on a pink background" --compare 1 10 50 --refine 2
 """
 
 import argparse
@@ -29,6 +29,8 @@ def parse_args():
     option("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
+    option("--refine", type=int, default=0, metavar="STEPS", help="steps of the teacher after the student's, on its "
+           "trajectory: quality for time (default: %(default)s)")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
     option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same "
            "seeds are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
@@ -49,6 +51,7 @@ def check(args, prompts, teacher):
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                      ("--seed", args.seed, 0, 2**62),
+                                     ("--refine", args.refine, 0, teacher.schedule.T - 1),
                                      *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
@@ -82,7 +85,8 @@ def main():
 
     folder = Path(args.student).resolve()
     folder = folder.parent if folder.name == "student" else folder
-    about = {"guidance": w, "student": "/".join(folder.parts[-2:]), "compare": args.compare or ""}
+    about = {"guidance": w, "student": "/".join(folder.parts[-2:]), "compare": args.compare or "",
+             "refine": args.refine or ""}
     jobs = [(prompt, args.seed + n * len(prompts) + k)
             for n in range(args.num) for k, prompt in enumerate(prompts)]
     pictures = []
@@ -90,7 +94,7 @@ def main():
         texts, seeds = zip(*jobs[k:k + args.batch])
         eps, condition = noise(seeds, teacher.shape).to(teacher.device), teacher.encode(texts)
         latents = [teacher.solve(eps, teacher.schedule.grid(steps), w=w, **condition) for steps in args.compare]
-        latents.append(student(eps, 0, w=w, **condition))
+        latents.append(student.refine(eps, args.refine, w=w, **condition))
         columns = [to_pil(teacher.decode(z, seeds)) for z in latents]
         for text, seed, *images in zip(texts, seeds, *columns):
             picture, path = image_grid([images]), file or args.out / f"{seed:06d}.png"

@@ -35,6 +35,13 @@ class Student:
             condition["guidance"] = torch.as_tensor(w, device=eps.device).expand(len(eps))
         return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
 
+    def refine(self, eps, steps, w=None, **condition):
+        """The picture (B, C, h, w) after so many Euler steps of the teacher on its trajectory, of the grid's steps + 1,
+        in place of the first of which the student jumps from noise to y_t. With 0 steps it is the student's own."""
+        grid = self.teacher.schedule.grid(steps + 1)[1:]
+        y_t = self(eps, grid[0], w=w, **condition)
+        return self.teacher.solve(eps, grid, space="y", start=y_t, w=w, **condition)
+
     def output(self, x_i, i, t, **condition):
         """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""
         index = torch.full((len(x_i),), self.teacher.schedule.index(i), device=x_i.device)

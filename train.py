@@ -51,13 +51,13 @@ MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1200, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
-    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "critic_lr": (2e-4, 1e-5), "save_every": (100, 500),
+    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (2e-4, 1e-5), "save_every": (100, 500),
     "sample_every": (100, 1000)}
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
     "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 1), "match_guidance": (0, math.inf),
-    "match_until": (0, 1), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
+    "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
 def default(name, teacher):
     """What DEFAULTS says for a teacher of this name or folder."""
@@ -106,6 +106,7 @@ def add_options(parser):
            "variety, more gives pictures truer to their prompts (default: %(default)s)")
     option("--match-until", type=float, default=0.7, help="times above this part of T have no guidance in it "
            "(default: %(default)s)")
+    option("--match-lr", type=float, help=f"of the student from then on {either['match_lr']}")
     option("--critic-lr", type=float, help=f"of the critic, which learns what the student paints; too low lags behind "
            f"it, too high forgets {either['critic_lr']}")
     option("--critic-updates", type=int, default=1, help="steps of the critic to one in which the student is matched; "
@@ -140,6 +141,8 @@ def parse_args():
     for name in set(DEFAULTS) - {"micro_batch", "guidance"}:        # split_batch and settle choose those two
         if getattr(args, name) is None:
             setattr(args, name, default(name, args.teacher))
+    if not args.match:
+        args.match_lr = 0.0
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -230,10 +233,14 @@ def autocast(device, dtype):
     """Mixed precision. Cast weights are not cached: casts made under no_grad would be reused, and give no gradient."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
-def learning_rate(step, args):
-    """Linear warm-up, constant, linear decay to zero over the last part."""
-    tail = (args.steps - step) / (args.decay * args.steps) if args.decay else 1.0
-    return args.lr * min(1.0, (step + 1) / max(args.warmup, 1), tail)
+def learning_rate(step, args, match_from):
+    """Linear warm-up, constant, linear decay over the last part to the rate of matching; and from the step match_from on
+    that rate, decaying likewise to zero."""
+    if step < match_from:
+        tail = (match_from - step) / (args.decay * match_from) if args.decay else 1.0
+        return args.match_lr + (args.lr - args.match_lr) * min(1.0, (step + 1) / max(args.warmup, 1), tail)
+    tail = (args.steps - step) / (args.decay * (args.steps - match_from)) if args.decay else 1.0
+    return args.match_lr * min(1.0, tail)
 
 def new_optimizer(params, lr, device):
     """AdamW whose moments exist from the start, so that resume has tensors to fill."""
@@ -460,7 +467,7 @@ def train(args, rank, world, local_rank):
         critic.network.checkpointing = args.grad_checkpointing
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
-    match_from = round(args.match_from * args.steps)                        # the first step that matches the student
+    match_from = round(args.match_from * args.steps) if args.match else args.steps      # the first step of matching
     critic_from = match_from - args.warmup                                  # the critic has a start of so many
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
@@ -509,7 +516,7 @@ def train(args, rank, world, local_rank):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
-        lr = learning_rate(step, args)
+        lr = learning_rate(step, args, match_from)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),

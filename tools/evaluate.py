@@ -1,9 +1,12 @@
 """Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
 
-    python -m tools.evaluate --student runs/tiny            5,000 images, half a minute
-    python -m tools.evaluate --student runs/tiny --fresh    measure the teacher again too, about an hour on 2 cores
+    python -m tools.evaluate --student runs/tiny                    5,000 images, half a minute
+    python -m tools.evaluate --student runs/tiny --refine 1 2 4     and handed to so many steps of the teacher
+    python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again, too, half an hour on 2 cores
+    python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
-The teacher's rows are measured once for each guidance, seed and number of images, and stored in its folder.
+The teacher's rows are measured once for each guidance, seed and number of images, and stored in its folder: at the
+student's scale w, and with the most steps also at the scale at which its pictures are best.
 """
 
 import argparse
@@ -27,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `pytho
 from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
 from student import load_student
 from teacher import image_grid, noise, pick_device, to_pil
-from tools.judge import frechet, load_judge, prompt
+from tools.judge import frechet, load_judge, moments, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
+SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # scales, and steps, among which the teacher's best is sought
 EXACT = 2**17                               # numbers of exact solutions that are kept to measure against
-COLUMNS = (("frechet", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"),
+COLUMNS = (("frechet", ".2f"), ("to_teacher", ".2f"), ("drift", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"),
            ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
 
 
@@ -74,6 +78,7 @@ class Evaluation:
         self.judge, self.config = load_judge(folder, self.teacher.device)
         reference = folder / "reference.safetensors"
         self.real = read_tensors(reference, dtype=torch.float32)[0]["features"]
+        self.real_moments = moments(self.real)
         self.combinations = combinations(self.config, images, seed)
         if self.teacher.labels:                    # told the garment alone; its colours are free
             self.combinations = [(garment,) for garment, _, _ in self.combinations]
@@ -90,13 +95,13 @@ class Evaluation:
         eps = noise(self.seeds[part], self.teacher.shape).to(self.teacher.device)
         return eps, self.teacher.encode([c[0] if len(c) == 1 else prompt(*c) for c in self.combinations[part]])
 
-    def ddim(self, steps):
-        """The guided teacher in that many DDIM steps, as a sampler."""
-        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps), w=self.w)
+    def ddim(self, steps, w=None):
+        """The teacher, guided by w or else as the student is, in that many DDIM steps, as a sampler."""
+        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps), w=w or self.w)
 
-    def one_step(self):
-        """The student, as a sampler."""
-        return functools.partial(self.student, t=0, w=self.w)
+    def one_step(self, refine=0):
+        """The student, handed to so many steps of the teacher, as a sampler."""
+        return functools.partial(self.student.refine, steps=refine, w=self.w)
 
     def solution(self):
         """The student's aim, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
@@ -115,17 +120,24 @@ class Evaluation:
         return to_pil(self.teacher.decode(sampler(eps, **condition), self.seeds))
 
     @torch.no_grad()
-    def measure(self, sampler, name, solution):
-        """A row's figures of quality; solution: the exact samples of the first noises."""
+    def measure(self, sampler, name, teacher=None, solution=None):
+        """A row's figures of quality, and the moments of its features. teacher: moments of those of the teacher's
+        pictures; solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
         parts = [slice(k, k + self.batch) for k in range(0, len(latents), self.batch)]
-        images = (self.teacher.decode(latents[part], self.seeds[part]) for part in parts)
-        features = torch.cat([self.judge(part) for part in images])
+        features, channels = [], []
+        for part in parts:
+            images = self.teacher.decode(latents[part], self.seeds[part])
+            features.append(self.judge(images))
+            channels.append(torch.stack([images, images.square()]).double().mean((1, 3, 4)).cpu())      # (2, 3)
+        features = torch.cat(features)
         answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
         right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
         features = features.cpu()
+        own = moments(features)
         precision, recall = precision_recall(features, self.real)
-        row = {"frechet": frechet(features, self.real), "precision": precision, "recall": recall}
+        row = {"frechet": frechet(own, self.real_moments), "precision": precision, "recall": recall}
+        row["to_teacher"] = None if teacher is None else frechet(own, teacher)
         for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
             if not mask.any():
                 row[f"align_{which}"] = None
@@ -133,7 +145,11 @@ class Evaluation:
             row[f"align_{which}"] = right[mask].all(1).float().mean().item()
             row |= {f"{attribute}_{which}": value for attribute, value in
                     zip(("garment", "colour", "background"), right[mask].float().mean(0).tolist())}
-        return row | {"rmse": (latents[:len(solution)].cpu() - solution).square().mean().sqrt().item()}
+        mean, square = torch.stack(channels).mean(0)
+        row |= {"channel_mean": mean.tolist(), "channel_std": (square - mean**2).sqrt().tolist(), "rmse": None}
+        if solution is not None:
+            row["rmse"] = (latents[:len(solution)].cpu() - solution).square().mean().sqrt().item()
+        return row, own
 
     @torch.no_grad()
     def seconds(self, function):
@@ -147,35 +163,69 @@ class Evaluation:
         return sorted(times[1:])[1] / len(eps)
 
 
-def teacher_rows(evaluation, fresh):
-    """(rows, solution) of the teacher: stored in its folder by a hash of files and settings, or measured."""
+def stored(evaluation, *settings):
+    """The path, without suffix, in the teacher's folder, of what is measured with its files and with these settings."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
     for part in (*(folder / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
                  judge_folder(evaluation.teacher)):
         for path in sorted(p for p in part.glob("*") if p.is_file()):
             digest.update(path.read_bytes())
-    settings = [evaluation.w, evaluation.teacher.negative_prompt, evaluation.seeds[0], len(evaluation.seeds),
-                STEPS, EXACT // math.prod(evaluation.teacher.shape)]
+    settings = [*settings, evaluation.teacher.negative_prompt, evaluation.seeds[0], len(evaluation.seeds)]
     digest.update(json.dumps(settings).encode())
-    path = folder / "evaluation" / digest.hexdigest()[:16]
-    rows_file, solution_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    stored = rows_file.exists() and solution_file.exists() and not fresh
-    rows = read_json(rows_file, list) if stored else []
-    if len(rows) < len(STEPS):
-        print(f"measuring the teacher at w = {evaluation.w} on {len(evaluation.seeds)} images, "
-              f"and storing it in {path.parent}", flush=True)
-    if stored:
-        solution = read_tensors(solution_file)[0]["solution"]
+    return folder / "evaluation" / digest.hexdigest()[:16]
+
+
+def read_rows(path, fresh):
+    """The rows of a file by (w, steps); none if there is no such file, or if they are to be measured again."""
+    rows = read_json(path, list) if path.exists() and not fresh else []
+    return {(row["guidance"], row["steps"]): row for row in rows}
+
+
+def add_row(evaluation, rows, path, w, steps, *against):
+    """Measure the teacher at w in so many steps, unless that is known. A row is stored at once, so that an interrupted
+    measurement goes on. Returns the moments of its pictures, if it was measured."""
+    if (w, steps) in rows:
+        return None
+    row, own = evaluation.measure(evaluation.ddim(steps, w), f"DDIM-{steps}, w = {w}", *against)
+    nfe = steps * (1 if w == 1 else 2)
+    rows[w, steps] = {"sampler": "ddim", "guidance": w, "steps": steps, "nfe": nfe} | row
+    store(write_json, path, list(rows.values()))
+    return own
+
+
+def teacher_rows(evaluation, steps, sweep, fresh):
+    """(rows, aim, moments, solution): the teacher at the student's scale in so many steps each, and then in the most steps
+    at the best scale of the sweep; its row in the most steps at the student's scale, and the moments of its pictures
+    there; exact samples of the first noises."""
+    w, most, num_exact = evaluation.w, STEPS[-1], evaluation.num_exact
+    path = stored(evaluation, w, num_exact)
+    path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    rows = read_rows(path, fresh or not tensors_path.exists())
+    if not {(w, k) for k in (*steps, most)} <= rows.keys():
+        print(f"measuring the teacher on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
+    if rows:
+        tensors, _ = read_tensors(tensors_path)
     else:
-        solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution").half().cpu()
-        store(write_file, solution_file, lambda p: save_file({"solution": solution}, p))
-    solution = solution.float()
-    for k in STEPS[len(rows):]:                 # each is stored at once: an interrupted measurement goes on
-        nfe = k * (1 if evaluation.w == 1 else 2)
-        measured = evaluation.measure(evaluation.ddim(k), f"DDIM-{k}", solution)
-        rows.append({"sampler": "ddim", "steps": k, "nfe": nfe} | measured)
-        store(write_json, rows_file, rows)
-    return rows, solution
+        solution = evaluation.sample(evaluation.solution(), num_exact, "Signal-ODE solution").half().cpu()
+        mean, covariance = add_row(evaluation, rows, path, w, most, None, solution.float())
+        tensors = {"solution": solution, "mean": mean, "covariance": covariance}
+        store(write_file, tensors_path, lambda p: save_file(tensors, p))
+    reference, solution = (tensors["mean"], tensors["covariance"]), tensors["solution"].float()
+    for k in steps:
+        add_row(evaluation, rows, path, w, k, reference, solution)
+    result = [rows[w, k] for k in steps]
+
+    scales = [scale for scale in sweep if scale != w]
+    if scales:
+        path = stored(evaluation, "sweep").with_suffix(".json")
+        swept = read_rows(path, fresh)
+        if len(scales) > 1:
+            for scale in scales:
+                add_row(evaluation, swept, path, scale, SWEEP_STEPS)
+            scales.sort(key=lambda scale: swept[scale, SWEEP_STEPS]["frechet"])
+        add_row(evaluation, swept, path, scales[0], most)
+        result.append(swept[scales[0], most])
+    return result, rows[w, most], reference, solution
 
 
 def store(write, path, content):
@@ -186,11 +236,17 @@ def store(write, path, content):
         warnings.warn(f"{error}: measured, but not kept", stacklevel=2)
 
 
+def drift(row, aim):
+    """How far the channels' means and standard deviations are from the aim's: the largest, in 255ths."""
+    pairs = ((a, b) for key in ("channel_mean", "channel_std") for a, b in zip(row[key], aim[key]))
+    return 127.5 * max(abs(a - b) for a, b in pairs)
+
+
 def table(rows):
-    lines = ["sampler  steps  nfe  " + "  ".join(f"{name:>13}" for name, _ in COLUMNS)]
+    lines = ["sampler  steps    w  nfe  " + "  ".join(f"{name:>13}" for name, _ in COLUMNS)]
     for row in rows:
         figures = "  ".join(f"{'-' if row[name] is None else format(row[name], form):>13}" for name, form in COLUMNS)
-        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['nfe']:3}  {figures}")
+        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['guidance']:3g}  {row['nfe']:3}  {figures}")
     return "\n".join(lines)
 
 
@@ -205,7 +261,13 @@ def parse_args():
     p.add_argument("--images", type=int,
                    help="the Frechet distance of fewer is larger: compare like with like (default: 5000; 2000 for the "
                         "pixel teacher, whose passes take longer)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="another has other noises and prompts")
+    p.add_argument("--steps", type=int, nargs="+", default=STEPS, choices=STEPS, help="which of the teacher's rows")
+    p.add_argument("--sweep", type=float, nargs="*", default=SWEEP, metavar="W",
+                   help=f"scales of which the teacher's best in {SWEEP_STEPS} steps has a row in {STEPS[-1]}; one is taken "
+                        "as it is, none skips the row (default: %(default)s)")
+    p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
+                   help="rows of the student handed to so many steps of the teacher")
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
@@ -224,17 +286,23 @@ def main():
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     evaluation = Evaluation(student, args.images, w, args.seed)
     last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour
-    rows, solution = teacher_rows(evaluation, args.fresh)
-    measured = evaluation.measure(evaluation.one_step(), "student", solution)
-    rows.append({"sampler": "student", "steps": 1, "nfe": 1} | measured)
+    rows, aim, reference, solution = teacher_rows(evaluation, args.steps, args.sweep, args.fresh)
+    for k in (0, *args.refine):
+        measured, _ = evaluation.measure(evaluation.one_step(k), "student", reference, solution)
+        nfe = 1 + k * (1 if w == 1 else 2)
+        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": nfe} | measured)
     timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
     step, one, decode = map(evaluation.seconds, timed)
     for row in rows:
-        row["images_per_s"] = 1 / (decode + (one if row["sampler"] == "student" else row["steps"] * step))
+        passes = row["steps"] * step if row["sampler"] == "ddim" else one + (row["steps"] - 1) * step
+        row["images_per_s"] = 1 / (decode + passes)
+        row["drift"] = drift(row, aim)
 
-    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images; "
-          f"rmse to the Signal-ODE's solution on the first {len(solution)} noises; "
-          f"images/s from one step and one decoding, timed now\n{table(rows)}")
+    halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))
+    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images, two halves of which "
+          f"are {halves:.1f} apart, and to the teacher's {STEPS[-1]} steps; drift of the channels' mean and spread from "
+          f"those, in 255ths; rmse to the Signal-ODE's solution on the first {len(solution)} noises; images/s from one "
+          f"step and one decoding, timed now\n{table(rows)}")
     accuracy = evaluation.config["accuracy"]
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")

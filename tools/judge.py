@@ -49,13 +49,17 @@ def article(word):
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
+def moments(features):
+    """(mean (D,), covariance (D, D)) of features (N, D), float64."""
+    return features.double().mean(0), torch.cov(features.double().T)
+
+
 def frechet(a, b):
-    """Frechet distance of a (N, D), b (M, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), float64."""
-    a, b = a.double(), b.double()
-    root = matrix_sqrt(torch.cov(a.T))
-    cross = torch.linalg.eigvalsh(root @ torch.cov(b.T) @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return (shift + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross).item()
+    """Frechet distance of two Gaussians, moments (m, C): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    (m_a, c_a), (m_b, c_b) = a, b
+    root = matrix_sqrt(c_a)
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).item()
 
 
 def matrix_sqrt(c):

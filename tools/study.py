@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import command, read_json, write_file, write_json
+from student import load_student
+from tools.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {}
@@ -63,7 +65,12 @@ VARIANTS = {
 
 
 def inner(job, args):
-    """One training, in a process of its own."""
+    """One training or evaluation, in a process of its own."""
+    if "evaluate" in job:
+        student = load_student(job["evaluate"])
+        evaluation = Evaluation(student, job.get("images", 5000), student.pick_guidance(), job.get("seed", 0))
+        row, _ = evaluation.measure(evaluation.one_step(), "student")
+        return write_json(Path(job["result"]), row)
     VARIANTS[job.get("variant", "")]()
     if "until" in job:
         save = train.save
@@ -128,9 +135,10 @@ def measure(work, name, options, variant, seed, threads):
             write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
         call(folder, threads, "-m", "tools.study", "--inner", json.dumps({"variant": variant}), "--", "--out", folder,
              *flags(options))
-        call(folder, threads, "-m", "tools.evaluate", "--student", folder, "--json", result)
+        call(folder, threads, "-m", "tools.study", "--inner", json.dumps({"evaluate": str(folder), "result": str(result)}),
+             "--")
         (folder / train.STATE).unlink()
-    return read_json(result)["rows"][-1]
+    return read_json(result)
 
 
 def main():
@@ -152,7 +160,7 @@ def main():
             except Exception as error:
                 print(r, error)
                 continue
-            print(f"{r[0]:40} {r[3]} {row['frechet']:6.2f} {row['precision']:.3f} {row['recall']:.3f} {row['align_seen']:.3f} {row['align_heldout']:.3f} {row['rmse']:.3f}", flush=True)
+            print(f"{r[0]:40} {r[3]} {row['frechet']:6.2f} {row['precision']:.3f} {row['recall']:.3f} {row['align_seen']:.3f} {row['align_heldout']:.3f} {[round(127.5 * c, 1) for c in row['channel_mean'] + row['channel_std']]}", flush=True)
     return None
 
 

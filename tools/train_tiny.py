@@ -29,7 +29,7 @@ from signal_ode import Schedule, like, noisy
 from student import load_student, save_student
 from teacher import pick_device
 from tokenizer import VISIBLE, Tokenizer
-from tools.judge import Judge, article, load_judge, prompt
+from tools.judge import Judge, article, frechet, load_judge, moments, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
             "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -255,20 +255,25 @@ def train_judge(args, train):
 
 @torch.no_grad()
 def measure_reference(args, test):
-    """The judge on the real test split, each picture in a random tint: 5,000 features, and its accuracy."""
+    """The judge on the real test split, each picture in a random tint: 5,000 features, its accuracy, and how far the
+    same pictures are from themselves when they come out of the autoencoder."""
     judge, config = load_judge(args.out / "judge")
+    vae = load_module(VAE, args.out / "vae", "cpu", torch.float32)
     rng = torch.Generator().manual_seed(args.seed)
     pairs = torch.tensor(PAIRS)[torch.randint(len(PAIRS), (len(test[1]),), generator=rng)]
     labels = torch.cat([test[1][:, None], pairs], 1)
-    parts = zip(test[0].split(500), labels.split(500))
-    features = torch.cat([judge(tint(garments, *part[:, 1:].T)) for garments, part in parts])
+    images = [tint(garments, *part[:, 1:].T) for garments, part in zip(test[0].split(500), labels.split(500))]
+    features = torch.cat([judge(part) for part in images])
     right = torch.stack([a.argmax(1) for a in judge.answers(features)], 1) == labels
     shares = [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]
     accuracy = dict(zip(("garment", "colour", "background", "all"), shares))
-    reference = {"features": features[torch.randperm(len(features), generator=rng)[:5000]].half()}
-    write_file(args.out / "judge" / "reference.safetensors", lambda p: save_file(reference, p))
-    write_json(args.out / "judge" / "config.json", dict(config, accuracy=accuracy))
-    print("the judge on the real test split:", accuracy)
+    chosen = torch.randperm(len(features), generator=rng)[:5000]
+    decoded = torch.cat([judge(vae.decode(vae.encode(part)).clamp(-1, 1)) for part in images])
+    autoencoder = frechet(moments(features[chosen]), moments(decoded[chosen]))
+    write_file(args.out / "judge" / "reference.safetensors",
+               lambda p: save_file({"features": features[chosen].half()}, p))
+    write_json(args.out / "judge" / "config.json", dict(config, accuracy=accuracy, autoencoder=autoencoder))
+    print("the judge on the real test split:", accuracy, "Frechet distance of the autoencoder alone:", autoencoder)
 
 
 def unet_loss(unet, text_encoder, tokenizer, vae, train, device, rng, batch):
@@ -331,7 +336,7 @@ def ship_student(args):
 
 
 def main():
-    stages = ("tokenizer", "vae", "judge", "unet", "pixel", "student")
+    stages = ("tokenizer", "vae", "judge", "reference", "unet", "pixel", "student")
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data", default="/usr/share/datasets/fashion-mnist",
@@ -339,7 +344,7 @@ def main():
     p.add_argument("--out", type=Path, default=TINY, help="the teacher's folder")
     p.add_argument("--work", type=Path, default=Path("runs/train_tiny"),
                    help="checkpoints and logs; delete a stage's .pt to train it anew")
-    p.add_argument("--stages", nargs="+", default=stages[:5], choices=stages)
+    p.add_argument("--stages", nargs="+", default=stages[:6], choices=stages)
     p.add_argument("--vae-steps", type=int, default=6000)
     p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
@@ -358,6 +363,7 @@ def main():
         train_vae(args, train)
     if "judge" in args.stages:
         train_judge(args, train)
+    if "reference" in args.stages:
         measure_reference(args, read_split(args.data, "t10k"))
     if "unet" in args.stages:
         train_unet(args, train)

@@ -1,0 +1,98 @@
+"""Distribution matching on Gaussians, where the best denoiser of either distribution has a closed form."""
+
+import pytest
+import torch
+
+from matching import critic_loss, limited_guidance, matching_loss
+from signal_ode import Schedule, clean_prediction, like, noisy
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+MU, S = 0.7, 0.4                                            # the teacher's pictures: N(MU, S**2), every element
+
+
+def denoiser(schedule, mean, std):
+    """The best clean prediction of x_t, where pictures are N(mean, std**2)."""
+    def f(x_t, t, w=1.0):
+        alpha_t, sigma_t = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+        return mean + alpha_t * std**2 / (alpha_t**2 * std**2 + sigma_t**2) * (x_t - alpha_t * mean)
+    return f
+
+
+def draw(num, seed=0):
+    """x (num, 4, 8, 8), n and tau, of a standard normal and of all times but the ends."""
+    rng = torch.Generator().manual_seed(seed)
+    x, n = torch.randn(2, num, 4, 8, 8, generator=rng, dtype=torch.float64)
+    return x, n, torch.randint(20, 981, (num,), generator=rng)
+
+
+@pytest.fixture
+def schedule():
+    return Schedule(SD)
+
+
+def test_the_gradient_is_the_difference_of_the_scores(schedule):
+    """Tweedie: h - f = sigma^2 / alpha * (the student's score - the teacher's), by autograd of the log densities."""
+    x, n, tau = draw(8)
+    x = (0.2 + 0.9 * x).requires_grad_()
+    teacher, critic = denoiser(schedule, MU, S), denoiser(schedule, 0.2, 0.9)
+    [gradient] = torch.autograd.grad(matching_loss(x, teacher, critic, n, tau, schedule).sum(), x)
+    alpha, sigma = like(schedule.alpha(tau), x), like(schedule.sigma(tau), x)
+    x_tau = noisy(x, n, tau, schedule).detach().requires_grad_()
+    log_p = [-0.5 * (x_tau - alpha * m) ** 2 / (alpha**2 * s**2 + sigma**2) for m, s in ((0.2, 0.9), (MU, S))]
+    [scores] = torch.autograd.grad((log_p[0] - log_p[1]).sum(), x_tau)
+    unit = like((x - teacher(x_tau, tau)).abs().flatten(1).mean(1), x) * x[0].numel()
+    assert torch.allclose(gradient, sigma**2 / alpha * scores / unit, rtol=1e-9)
+
+
+def test_nothing_but_the_picture_has_a_gradient(schedule):
+    x, n, tau = draw(2)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    network = lambda x_t, t, w=1.0: scale * x_t
+    matching_loss(x.requires_grad_(), network, network, n, tau, schedule).sum().backward()
+    assert scale.grad is None and x.grad is not None
+
+
+def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
+    x, n, tau = draw(8)
+    x = (MU + S * x).requires_grad_()
+    f = denoiser(schedule, MU, S)
+    loss = matching_loss(x, f, f, n, tau, schedule)
+    loss.sum().backward()
+    assert loss.eq(0).all() and x.grad.eq(0).all()
+
+
+def test_a_student_finds_the_teachers_mean_and_spread(schedule):
+    """A student m + s * eps beside the best critic of it: it comes where the teacher's pictures are, without one."""
+    m, s = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-0.5, 1.0))
+    optimizer = torch.optim.Adam([m, s], 0.02)
+    for step in range(300):
+        eps, n, tau = draw(16, step)
+        critic = denoiser(schedule, m.item(), s.item())
+        optimizer.zero_grad()
+        matching_loss(m + s * eps, denoiser(schedule, MU, S), critic, n, tau, schedule).mean().backward()
+        optimizer.step()
+    assert m.item() == pytest.approx(MU, abs=0.02) and s.item() == pytest.approx(S, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
+    schedule = Schedule(SD | {"prediction_type": prediction})
+    x, n, tau = draw(6)
+    out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    critic = lambda x_t, t: clean_prediction(out, x_t, t, schedule)
+    alpha, sigma = like(schedule.alpha(tau), x), like(schedule.sigma(tau), x)
+    aim = {"epsilon": n, "v_prediction": alpha * n - sigma * x, "sample": x}[prediction]
+    loss = critic_loss(x, critic, n, tau, schedule)
+    assert torch.allclose(loss, (out - aim).square().flatten(1).mean(1), rtol=1e-8)
+
+
+def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
+    x, n, tau = draw(1000)
+    loss = [critic_loss(MU + S * x, denoiser(schedule, m, s), n, tau, schedule).mean()
+            for m, s in ((MU, S), (MU + 0.05, S), (MU - 0.05, S), (MU, 1.1 * S), (MU, 0.9 * S))]
+    assert min(loss) == loss[0]
+
+
+def test_guidance_is_limited_to_the_less_noisy_times():
+    w, tau = torch.tensor([3.0, 3.0, 7.0, 7.0, 1.0]), torch.tensor([700, 701, 1, 1000, 5])
+    assert limited_guidance(w, tau, 0.75, 700).tolist() == [2.5, 1.0, 5.5, 1.0, 1.0]
