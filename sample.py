@@ -51,7 +51,7 @@ def check(args, prompts, teacher):
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                      ("--seed", args.seed, 0, 2**62),
-                                     ("--refine", args.refine, 0, teacher.schedule.T - 1),
+                                     ("--refine", args.refine, 0, teacher.schedule.T // 2),
                                      *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")

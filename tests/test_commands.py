@@ -131,7 +131,8 @@ def test_other_options_are_refused_in_a_used_folder(call, trained):
 @pytest.mark.parametrize("options", [
     ["--guidance", "1:6"], ["--solver", "euler"], ["--guidance", "1"], ["--boundary-weight", "0"],
     ["--negative-prompt", "a bag in pink on blue"], ["--input-time", "1000"], ["--num-steps", "25"],
-    ["--weight", "1"],
+    ["--weight", "1"], ["--match", "0"], ["--match", "0.1"], ["--match-from", "0.9"], ["--match-guidance", "1"],
+    ["--match-until", "1"], ["--match-lr", "1e-3"], ["--critic-lr", "1e-3"], ["--critic-updates", "2"],
     ["--precision", "bf16"], ["--seed", "1"], ["--lr", "1e-3"], ["--warmup", "7"], ["--decay", "0"],
     ["--ema", "0.1"], ["--prompts", "README.md"]])
 def test_every_option_makes_another_student(call, trained, tmp_path, options):
@@ -142,10 +143,17 @@ def test_every_option_makes_another_student(call, trained, tmp_path, options):
 
 
 def test_learning_rate_warms_up_holds_and_decays():
-    args = argparse.Namespace(steps=100, warmup=10, decay=0.5, lr=2.0)
-    rates = [learning_rate(step, args) for step in range(100)]
+    args = argparse.Namespace(steps=100, warmup=10, decay=0.5, lr=2.0, match_lr=0.0)
+    rates = [learning_rate(step, args, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0) and 0 < rates[99] < 0.05
+
+
+def test_learning_rate_decays_to_that_of_matching_and_then_to_zero():
+    args = argparse.Namespace(steps=150, warmup=10, decay=0.5, lr=2.0, match_lr=1.0)
+    rates = [learning_rate(step, args, 100) for step in range(150)]
+    assert rates[9:51] == [2.0] * 42 and rates[75] == pytest.approx(1.5) and rates[100:126] == [1.0] * 26
+    assert rates[137] == pytest.approx(0.52) and 0 < rates[149] < 0.05
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(call, tmp_path):
@@ -203,6 +211,13 @@ def test_compare_puts_the_teacher_left_of_the_student(call, tmp_path):
     grid, alone = pixels(tmp_path / "000000.png"), pixels(tmp_path / "alone" / "000000.png")
     assert grid.shape == (32, 96, 3)
     assert (grid[:, 64:] == alone).all() and not (grid[:, :32] == alone).all()
+
+
+def test_refined_picture_is_another_and_says_so(call, tmp_path):
+    call("sample", "--prompt", PROMPT, "--out", tmp_path / "one.png")
+    assert call("sample", "--prompt", PROMPT, "--refine", 2, "--out", tmp_path / "three.png")[0] == 0
+    assert abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "three.png")).max() > 2
+    assert [Image.open(tmp_path / name).text["refine"] for name in ("one.png", "three.png")] == ["", "2"]
 
 
 def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from checkpoint import TINY
 from student import load_student, new_student
 from teacher import load_teacher
-from tools.evaluate import STEPS, Evaluation, combinations, precision_recall, teacher_rows
-from tools.judge import frechet, prompt
+from tools.evaluate import STEPS, SWEEP, Evaluation, combinations, drift, precision_recall, teacher_rows
+from tools.judge import frechet, moments, prompt
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -18,8 +18,8 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     a, b = (torch.randn(200_000, 3, generator=rng, dtype=torch.float64) for _ in "ab")
     scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, -2.0])
     # |shift|^2 + sum (1 - scale)^2
-    assert frechet(a, b * scale + shift) == pytest.approx(5 + (0 + 1 + 0.25), rel=0.02)
-    assert abs(frechet(a, a)) < 1e-9
+    assert frechet(moments(a), moments(b * scale + shift)) == pytest.approx(5 + (0 + 1 + 0.25), rel=0.02)
+    assert abs(frechet(moments(a), moments(a))) < 1e-9
 
 
 def test_precision_and_recall_tell_quality_from_coverage():
@@ -47,15 +47,41 @@ def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
     monkeypatch.setattr("tools.evaluate.EXACT", 10 * 256)
     evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
-    rows, solution = teacher_rows(evaluation, fresh=False)
-    [stored] = (tmp_path / "tiny" / "evaluation").glob("*.json")
-    stored.write_text(json.dumps(rows[:1]))
     calls, measure = [], evaluation.measure
     evaluation.measure = lambda *args: calls.append(args[1]) or measure(*args)
-    again, same = teacher_rows(evaluation, fresh=False)
-    assert calls == ["DDIM-2"] and again == rows and torch.equal(same, solution)
-    assert rows[1]["rmse"] < rows[0]["rmse"] and json.loads(stored.read_text()) == rows
-    assert teacher_rows(evaluation, fresh=True)[0] == rows and len(calls) == 3
+    rows, aim, moments, solution = teacher_rows(evaluation, [1, 2], [], fresh=False)
+    assert calls == ["DDIM-2, w = 3.0", "DDIM-1, w = 3.0"] and aim == rows[1] and len(solution) == 10
+    assert rows[1]["rmse"] < rows[0]["rmse"] and rows[0]["to_teacher"] > 10 > 1e-6 > abs(drift(aim, aim))
+    [stored] = (tmp_path / "tiny" / "evaluation").glob("*.json")
+    stored.write_text(json.dumps([aim]))
+    again, *_, same = teacher_rows(evaluation, [1, 2], [], fresh=False)
+    assert calls[2:] == ["DDIM-1, w = 3.0"] and again == rows and torch.equal(same, solution)
+    assert teacher_rows(evaluation, [1, 2], [], fresh=True)[0] == rows and len(calls) == 5
+
+
+def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
+    monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
+    monkeypatch.setattr("tools.evaluate.SWEEP_STEPS", 1)
+    evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
+    calls = []
+
+    def measure(sampler, name, *against):
+        calls.append(name)
+        return {"frechet": abs(sampler.keywords["w"] - 1.6)}, (torch.zeros(2), torch.eye(2))
+    evaluation.measure = measure
+    for _ in range(2):
+        rows, aim, *_ = teacher_rows(evaluation, [2], [1.0, 1.5, 2.0, 3.0], fresh=False)
+        assert [(row["guidance"], row["steps"], row["nfe"]) for row in rows] == [(3.0, 2, 4), (1.5, 2, 4)]
+    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (1.0, 1.5, 2.0)), "DDIM-2, w = 1.5"]
+    assert teacher_rows(evaluation, [2], [2.0], fresh=False)[0][1]["guidance"] == 2.0
+    assert calls[5:] == ["DDIM-2, w = 2.0"]
+
+
+def test_drift_is_the_largest_change_of_a_channel():
+    aim = {"channel_mean": [0.1, 0.2, 0.3], "channel_std": [0.5, 0.5, 0.5]}
+    assert drift(aim | {"channel_mean": [0.1, 0.24, 0.3]}, aim) == pytest.approx(0.04 * 127.5)
+    assert drift(aim | {"channel_std": [0.5, 0.5, 0.44]}, aim) == pytest.approx(0.06 * 127.5)
 
 
 def alignment(evaluation, sampler, images):
@@ -84,8 +110,7 @@ def test_stored_rows_are_this_teachers_and_meet_the_promise():
     student = load_student(TINY / "student")
     evaluation = Evaluation(student, 5000, student.guidance, seed=0)
     evaluation.sample = None                                # what is stored is not measured again
-    rows, solution = teacher_rows(evaluation, fresh=False)
-    assert [row["steps"] for row in rows] == list(STEPS) and solution.shape == (512, 4, 8, 8)
-    best = rows[-1]
+    rows, best, _, solution = teacher_rows(evaluation, STEPS, SWEEP, fresh=False)
+    assert [row["steps"] for row in rows] == [*STEPS, STEPS[-1]] and solution.shape == (512, 4, 8, 8)
     assert best["align_seen"] >= 0.9 and best["align_heldout"] >= 0.8
     assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))    # more steps, better pictures

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 BASE = {"signal_ode", "model", "tokenizer", "checkpoint"}
-MAY_IMPORT = {**{name: set() for name in BASE}, "teacher": BASE, "student": BASE | {"teacher"},
-              "train": BASE | {"teacher", "student"}, "sample": BASE | {"teacher", "student"}}
+MAY_IMPORT = {**{name: set() for name in BASE}, "matching": {"signal_ode"}, "teacher": BASE, "student": BASE | {"teacher"},
+              "train": BASE | {"matching", "teacher", "student"}, "sample": BASE | {"teacher", "student"}}
 
 
 def imported(path):
@@ -33,6 +33,7 @@ def test_imports_go_one_way(name):
 
 def test_the_mathematics_needs_torch_alone():
     assert set(imported(ROOT / "signal_ode.py")) == {"math", "torch"}
+    assert set(imported(ROOT / "matching.py")) == {"signal_ode", "torch"}
 
 
 def test_only_the_schedule_knows_that_an_index_is_one_less_than_a_time():

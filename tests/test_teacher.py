@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import TINY, WEIGHTS, BadInput, write_file
-from signal_ode import bootstrap_target
-from student import load_student, new_student, save_student
+from signal_ode import bootstrap_target, noisy, solve
+from student import Student, load_student, new_critic, new_student, save_student
 from teacher import load_teacher, noise
 
 PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
@@ -60,6 +60,34 @@ def test_student_equals_teacher_before_training(tiny, i, guidance):
         for t in (0, 1, 137, 1000, torch.tensor([3, 999])):
             for w in (1.0, 2.5, 8.0):
                 assert torch.equal(student(eps, t, w, **condition), expected)
+
+
+def test_refinement_goes_on_along_the_trajectory(tiny):
+    """With no step it is the student's own picture; with one, y_t, then the teacher's prediction from there; and from the
+    teacher's own y_t it ends where its trajectory does."""
+    student, condition, eps = new_student(tiny, 400, 3.0), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
+    with torch.no_grad():
+        assert torch.equal(student.refine(eps, 0, **condition), student(eps, 0, **condition))
+        x_t = noisy(student(eps, 500, **condition), eps, 500, tiny.schedule)
+        assert torch.allclose(student.refine(eps, 1, w=3.0, **condition), tiny.denoise(x_t, 500, 3.0, **condition))
+        ys = solve(tiny.denoise, eps, tiny.schedule.grid(4), tiny.schedule, w=3.0, **condition)
+
+    class Exact(Student):
+        def __call__(self, eps, t, **_):
+            return ys[tiny.schedule.grid(4).index(t)]
+    assert torch.equal(Exact(None, tiny, 400, 3.0).refine(eps, 3, w=3.0, **condition), ys[-1])
+
+
+@pytest.mark.parametrize("guidance", [3.0, [1.0, 8.0]])
+def test_critic_equals_the_unguided_teacher_before_training(tiny, guidance):
+    critic, condition = new_critic(new_student(tiny, 400, guidance)), tiny.encode(PROMPTS)
+    x_t, t, w = noise([0, 1], tiny.shape), torch.tensor([1, 900]), torch.tensor([2.0, 5.0])
+    with torch.no_grad():
+        assert torch.equal(critic(x_t, t, w, **condition), tiny.denoise(x_t, t, **condition))
+    critic.network.requires_grad_(True)
+    critic(x_t, t, w, **condition).square().sum().backward()
+    told = isinstance(guidance, list)
+    assert not told or critic.network.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
 
 def test_new_embeddings_learn(tiny):
