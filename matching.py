@@ -20,12 +20,12 @@ import torch
 
 from signal_ode import like, noisy
 
-def matching_loss(x, teacher, critic, n, tau, schedule, w=1.0, **condition):
+def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
     """L_M of each sample, (B,): 1/2 || x - stopgrad[x - d / mean|x - f|] ||^2, whose gradient to x is d in units of the
-    teacher's own error. Gradients reach x alone. w: of the teacher, float or (B,): see limited_guidance."""
+    teacher's own error. Gradients reach x alone. teacher: see limited_guidance; critic: callable likewise."""
     with torch.no_grad():
         x_tau = noisy(x, n, tau, schedule)
-        f = teacher(x_tau, tau, w=w, **condition)
+        f = teacher(x_tau, tau, **condition)
         d = critic(x_tau, tau, **condition) - f
         target = x - d / like((x - f).abs().flatten(1).mean(1), x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
@@ -38,7 +38,9 @@ def critic_loss(x, critic, n, tau, schedule, **condition):
     error = (critic(noisy(x, n, tau, schedule), tau, **condition) - x).square().flatten(1).mean(1)
     return like(unit[schedule.prediction], error) * error
 
-def limited_guidance(w, tau, share, until):
-    """w of the teacher in L_M, (B,): 1 + share * (w - 1) up to the time `until`, and none, 1, at noisier ones, where it
-    costs variety (Kynkaanniemi et al. 2024, 2404.07724)."""
-    return torch.where(tau <= until, 1 + share * (w - 1), 1.0)
+def limited_guidance(denoise, x_t, t, share, until, w=1.0, **condition):
+    """f(x_t, t) of a denoiser with less guidance than w, 1 + share * (w - 1), up to the time `until`, and with none at
+    noisier ones, where it costs variety (Kynkaanniemi et al. 2024, 2404.07724). w: (B,), or 1.0 for none at all."""
+    if torch.is_tensor(w):
+        w = torch.where(t <= until, 1 + share * (w - 1), 1.0)
+    return denoise(x_t, t, w=w, **condition)

@@ -460,15 +460,18 @@ def train(args, rank, world, local_rank):
     student.network.checkpointing = args.grad_checkpointing
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
-    critic_params = []
+
+    # ---- Critic: the third network, which learns what the student paints, to tell it from what the teacher would
+    critic_params, match_from = [], args.steps                              # the first step that matches the student
     if args.match:
         critic = new_critic(student)
         critic.network.requires_grad_(True)
         critic.network.checkpointing = args.grad_checkpointing
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
-    match_from = round(args.match_from * args.steps) if args.match else args.steps      # the first step of matching
-    critic_from = match_from - args.warmup                                  # the critic has a start of so many
+        match_from = round(args.match_from * args.steps)
+        limits = {"share": args.match_guidance, "until": args.match_until * schedule.T}
+        limited = functools.partial(limited_guidance, teacher.denoise, **limits)
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, optimizer)
@@ -486,7 +489,7 @@ def train(args, rank, world, local_rank):
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     for p in critic_params:
-        critic_optimizer.state[p]["step"].fill_(max(0, start - critic_from))
+        critic_optimizer.state[p]["step"].fill_(max(0, start - match_from + args.warmup))
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
@@ -522,8 +525,9 @@ def train(args, rank, world, local_rank):
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),
                "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device),
                "matching": torch.zeros((), device=device), "critic": torch.zeros((), device=device)}
-        critic_learns = args.match > 0 and step >= critic_from
-        matching = critic_learns and step >= match_from and step % args.critic_updates == 0
+        critic_learns = args.match > 0 and step >= match_from - args.warmup                 # it has a head start
+        matches = step >= match_from and (step + 1) % args.critic_updates == 0
+        learning = [*params, *critic_params] if critic_learns else params
         path_every = PATH_EVERY if args.match and step >= match_from else 1
         num_path = len(range(0, args.batch, path_every))
 
@@ -554,38 +558,34 @@ def train(args, rank, world, local_rank):
                 (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
 
+            # matching: L_M of the student's picture x, and L_C of the critic, to which x is what it has to learn
             if critic_learns:
-                told = {name: value for name, value in condition.items() if name != "w"}
-                h = functools.partial(critic, w=w)
-                with torch.set_grad_enabled(matching), autocast(device, dtype):
+                with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
-                if matching:
-                    w_tau = 1.0
-                    if args.guidance != 1:
-                        w_tau = limited_guidance(w, tau, args.match_guidance, args.match_until * schedule.T)
-                    with autocast(device, dtype):
-                        L_M = matching_loss(x, teacher.denoise, h, n, tau, schedule, w_tau, **told)
-                    (grad_scale * args.match / args.batch * L_M.sum()).backward()
-                    log["matching"] += L_M.detach().sum() / args.batch
+            if matches:
                 with autocast(device, dtype):
-                    L_C = critic_loss(x.detach(), h, n, tau, schedule, **told)
+                    L_M = matching_loss(x, limited, critic, n, tau, schedule, **condition)
+                (grad_scale * args.match / args.batch * L_M.sum()).backward()
+                log["matching"] += L_M.detach().sum() / args.batch
+            if critic_learns:
+                with autocast(device, dtype):
+                    L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
                 (grad_scale / args.batch * L_C.sum()).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
         if world > 1:
-            learning = [*params, *critic_params] if critic_learns else params
             for tensor in (*log.values(), *(p.grad for p in learning)):
                 dist.all_reduce(tensor)
 
         # step
         if grad_scale != 1:
-            for p in params:
+            for p in learning:
                 p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        bootstrap = log["bootstrap"].sum().item() / num_path
-        boundary = log["boundary"].item()
-        if not math.isfinite(bootstrap + boundary + norm):
+        losses = {"bootstrap": log["bootstrap"].sum().item() / num_path, "boundary": log["boundary"].item(),
+                  "matching": log["matching"].item(), "critic": log["critic"].item()}
+        if not math.isfinite(norm + sum(losses.values())):
             advice = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
             if step == 0:
                 advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
@@ -609,10 +609,10 @@ def train(args, rank, world, local_rank):
         last = done == args.steps
         stopping = log["stop"].item() > 0
         if rank == 0 and (done % 10 == 0 or last):
-            bar.set_postfix(bootstrap=f"{bootstrap:.4f}", boundary=f"{boundary:.4f}")
+            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items() if value})
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
-            line = {"step": done, "bootstrap": bootstrap, "boundary": boundary, "lr": lr, "grad_norm": norm,
-                    "seconds": round(time.time() - began, 1), "bootstrap_by_time": by_time, "matching": log["matching"].item(), "critic": log["critic"].item()}
+            line = {"step": done, **losses, "lr": lr, "grad_norm": norm, "seconds": round(time.time() - began, 1),
+                    "bootstrap_by_time": by_time}
             with open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 

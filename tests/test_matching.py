@@ -95,4 +95,7 @@ def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
 
 def test_guidance_is_limited_to_the_less_noisy_times():
     w, tau = torch.tensor([3.0, 3.0, 7.0, 7.0, 1.0]), torch.tensor([700, 701, 1, 1000, 5])
-    assert limited_guidance(w, tau, 0.75, 700).tolist() == [2.5, 1.0, 5.5, 1.0, 1.0]
+    told = lambda x_t, t, w, label: (w, label)
+    guided, label = limited_guidance(told, None, tau, 0.75, 700, w=w, label=2)
+    assert guided.tolist() == [2.5, 1.0, 5.5, 1.0, 1.0] and label == 2
+    assert limited_guidance(told, None, tau, 0.75, 700, label=2) == (1.0, 2)    # spares the unconditional pass
