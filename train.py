@@ -46,12 +46,12 @@ INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
-PATH_EVERY = 1              # once the student is matched, every sample still has BOOT's losses
+PATH_EVERY = 4              # once the student is matched, every 4th sample still has a bootstrap loss
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
-    "steps": (1200, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
-    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (2e-4, 1e-5), "save_every": (100, 500),
+    "steps": (1300, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
+    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (5e-4, 1e-5), "save_every": (100, 500),
     "sample_every": (100, 1000)}
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
@@ -98,9 +98,9 @@ def add_options(parser):
            "measures errors in units of the clean image; 2 of the signal, for the clean end (default: %(default)s)")
     option("--boundary-weight", type=float, default=0.1, help="beta; 0 leaves the noise end loose (default: 0.1)")
     option = parser.add_argument_group("matching the teacher's distribution, which is not in the paper").add_argument
-    option("--match", type=float, default=1.0, help="weight of the matching loss; 0 is the paper alone: a third less "
+    option("--match", type=float, default=16.0, help="weight of the matching loss; 0 is the paper alone: a third less "
            "memory, and half the time of a step, but pictures blur (default: %(default)s)")
-    option("--match-from", type=float, default=0.6, help="part of the run after which the student is matched: first "
+    option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: first "
            "it has to paint something (default: %(default)s)")
     option("--match-guidance", type=float, default=0.75, help="how much of w - 1 the teacher has in it: less gives more "
            "variety, more gives pictures truer to their prompts (default: %(default)s)")
@@ -131,11 +131,11 @@ def guidance_scale(text):
         raise argparse.ArgumentTypeError(f"--guidance {text} is neither a number nor LO:HI")
     return scales if len(scales) == 2 else scales[0]
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.negative_prompt = readable(args.negative_prompt)
     args.out = args.out or Path("runs") / last_name(args.teacher)
     for name in set(DEFAULTS) - {"micro_batch", "guidance"}:        # split_batch and settle choose those two
@@ -492,11 +492,16 @@ def train(args, rank, world, local_rank):
         critic_optimizer.state[p]["step"].fill_(max(0, start - match_from + args.warmup))
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
+        frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
+        held = sum(t.nbytes for t in (*state.values(), *params, *critic_params))            # with as many gradients
+        held += sum(p.nbytes for part in frozen for p in part.parameters())
+        matched = f", matched from step {match_from} on with a critic of as many" if args.match else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{resuming}; a checkpoint takes {takes}", flush=True)
+              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory and what a pass needs; a checkpoint takes {takes}",
+              flush=True)
     if args.dry_run:
         return
     stop = Stop(speaks=rank == 0)

@@ -1,33 +1,63 @@
-"""Which recipe is best: trains the embedded student in many ways, one table and one plot.
+"""Which recipe is best: the embedded student, trained in many ways; one table, one plot.
 
-    python -m tools.study                       every row that is not there yet, hours on 2 cores; the same command resumes
-    python -m tools.study --only default path   the rows whose names begin so
+    python -m tools.study                       what is not there yet, 5 minutes a row; the same command goes on
+    python -m tools.study --only path match     the rows whose names begin so
+
+Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
+begins share that part. Results are kept in runs/study by a hash of the recipe; two rows at once, a core each.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import command, read_json, write_file, write_json
+from checkpoint import BadInput, command, open_tensors, read_json, write_file, write_json
+from signal_ode import like, noisy
 from student import load_student
 from tools.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
+BASE = {"steps": 1100, "match-from": 0.6364, "match": 16, "match-lr": 1e-4, "critic-lr": 5e-4, "sample-every": 0}
+LATER = ("steps", "match", "match-from", "match-guidance", "match-until", "critic-lr", "critic-updates")
+# name, options beyond BASE, variant, seeds
+RECIPES = (
+    ("BOOT alone", {"match": 0}, "", (0,)),
+    ("matching after BOOT, kept for every 4th sample", {}, "", (0,)),
+    ("BOOT kept for every sample", {}, "path1", (0,)),
+    ("BOOT dropped", {}, "alone", (0,)),
+    ("weight 1", {"match": 1}, "", (0,)),
+    ("weight 4", {"match": 4}, "", (0,)),
+    ("critic's rate 2e-4", {"critic-lr": 2e-4}, "", (0,)),
+    ("critic's rate 1e-3", {"critic-lr": 1e-3}, "", (0,)),
+    ("no BOOT's loss at the clean end", {}, "noclean", (0,)),
+    ("weight by gradient norms", {"match": 1}, "adaptive", (0,)),
+    ("d of length one", {}, "unit", (0,)),
+    ("SiD's loss", {}, "sid", (0,)),
+    ("hard boundary", {}, "hard", (0,)),
+    ("guidance at all times", {"match-until": 1}, "", (0,)),
+    ("guidance of 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, "", (0,)),
+    ("guidance of w", {"match-guidance": 1}, "", (0,)),
+    ("cleaner times", {}, "times2", (0,)),
+    ("noisier times", {}, "times.5", (0,)),
+    ("2 critic updates", {"critic-updates": 2}, "", (0,)),
+    ("Adam's beta_1 = 0", {}, "beta0", (0,)),
+    ("matching from an early step on", {"match-from": 0.1}, "", (0,)),
+    ("15 target steps", {"num-steps": 15}, "", (0,)),
+    ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, "", (0,)),
+)
 LOCKS = {}
-MATCHING = ("match", "match-from", "match-guidance", "match-until", "critic-lr", "critic-updates")
 
 
 def constant(name, value):
@@ -62,10 +92,83 @@ def matching_alone():
     train.bootstrap_loss = train.boundary_loss = zero
 
 
+def sid_loss(x, teacher, critic, n, tau, schedule, **condition):
+    """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, eq. 23, alpha = 1) in place of L_M: (f - h) . (h - x), with the
+    gradient through both networks, and L_M's scale."""
+    limited, denoise, limits = teacher.func, teacher.args[0], teacher.keywords
+    through = functools.partial(type(denoise.__self__).denoise.__wrapped__, denoise.__self__)       # with a gradient
+    params = list(critic.network.parameters())
+    for p in params:
+        p.requires_grad_(False)
+    x_tau = noisy(x, n, tau, schedule)
+    f, h = limited(through, x_tau, tau, **limits, **condition), critic(x_tau, tau, **condition)
+    for p in params:
+        p.requires_grad_(True)
+    scale = (x - f).detach().abs().flatten(1).mean(1)
+    return ((f - h) * (h - x)).flatten(1).mean(1) / scale
+
+
+def unit_loss(x, teacher, critic, n, tau, schedule, **condition):
+    """L_M with d of length one, instead of in units of the teacher's error."""
+    with torch.no_grad():
+        x_tau = noisy(x, n, tau, schedule)
+        d = critic(x_tau, tau, **condition) - teacher(x_tau, tau, **condition)
+        target = x - d / like(d.square().flatten(1).mean(1).sqrt(), x)
+    return 0.5 * (x - target).square().flatten(1).mean(1)
+
+
+def hard_boundary():
+    """PID's boundary (Tee et al. 2024, arXiv 2411.08378): g is f(eps, T) at T by construction, and not by a loss."""
+    loss = train.bootstrap_loss
+
+    def bootstrap_loss(student, teacher, eps, t, s, schedule, *settings, **condition):
+        with torch.no_grad():
+            start = teacher(eps, torch.full_like(t, schedule.T), **condition)
+
+        def pinned(eps, t, **condition):
+            share = like(t / schedule.T, eps)
+            return share * start + (1 - share) * student(eps, t, **condition)
+        return loss(pinned, teacher, eps, t, s, schedule, *settings, **condition)
+    train.bootstrap_loss = bootstrap_loss
+    train.boundary_loss = lambda student, teacher, eps, *_, **__: torch.zeros(len(eps), requires_grad=True)
+
+
+def adaptive_weight():
+    """The weight of L_M by gradient norms at the last layer, those of L_BS over those of L_M, averaged over steps."""
+    bootstrap, matching, seen = train.bootstrap_loss, train.matching_loss, {}
+
+    def norm(loss):
+        [gradient] = torch.autograd.grad(loss.mean(), seen["last"], retain_graph=True)
+        return gradient.norm().item()
+
+    def bootstrap_loss(student, *args, **condition):
+        seen["last"] = student.network.conv_out.weight
+        loss = bootstrap(student, *args, **condition)
+        seen["path"] = 0.95 * seen.get("path", norm(loss)) + 0.05 * norm(loss)
+        return loss
+
+    def matching_loss(*args, **condition):
+        loss = matching(*args, **condition)
+        seen["match"] = 0.95 * seen.get("match", norm(loss)) + 0.05 * norm(loss)
+        return seen["path"] / seen["match"] * loss
+    train.bootstrap_loss, train.matching_loss = bootstrap_loss, matching_loss
+
+
+def no_clean_end():
+    """BOOT's loss without the samples whose s is the clean end, g(eps, 0), which is matched instead."""
+    bootstrap = train.bootstrap_loss
+
+    def bootstrap_loss(student, teacher, eps, t, s, *args, **condition):
+        return bootstrap(student, teacher, eps, t, s, *args, **condition) * (s > 0)
+    train.bootstrap_loss = bootstrap_loss
+
+
 VARIANTS = {
+    "sid": constant("matching_loss", sid_loss), "unit": constant("matching_loss", unit_loss),
+    "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
     "alone": matching_alone,
     "": lambda: None,
-    "path2": constant("PATH_EVERY", 2), "path4": constant("PATH_EVERY", 4), "path_none": constant("PATH_EVERY", 10**9),
+    "path1": constant("PATH_EVERY", 1),
     "beta0": betas(0.0, 0.99), "beta.5": betas(0.5, 0.99),
     "times2": times(2), "times.5": times(0.5),
     "wide": constant("MATCH_TIMES", (0.001, 1.0)), "narrow": constant("MATCH_TIMES", (0.02, 0.7)),
@@ -76,7 +179,7 @@ def inner(job, args):
     """One training or evaluation, in a process of its own."""
     if "evaluate" in job:
         student = load_student(job["evaluate"])
-        evaluation = Evaluation(student, job.get("images", 5000), student.pick_guidance(), job.get("seed", 0))
+        evaluation = Evaluation(student, 5000, student.pick_guidance(), 0)
         row, _ = evaluation.measure(evaluation.one_step(), "student")
         return write_json(Path(job["result"]), row)
     VARIANTS[job.get("variant", "")]()
@@ -89,88 +192,83 @@ def inner(job, args):
                 sys.exit()
         train.save = save_and_stop
     sys.argv = ["train.py", *args]
-    command(train.main)
+    return command(train.main)
 
 
-def digest(thing):
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def call(folder, threads, *args):
+def call(folder, threads, job, *args):
+    """Do a job in a process of its own, whose output goes to the folder's log.txt."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "log.txt", "a") as log:
-        subprocess.run([sys.executable, *map(str, args)], check=True, env=env, cwd=ROOT, stdout=log, stderr=log)
+        subprocess.run([sys.executable, "-m", "tools.study", "--inner", json.dumps(job), "--", *map(str, args)],
+                       check=True, env=env, cwd=ROOT, stdout=log, stderr=log)
+
+
+def digest(*what):
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flags(options):
-    return [str(x) for key, value in options.items() for x in (f"--{key}", value)]
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def measure(work, name, options, variant, seed, threads):
-    """The figures of one recipe, from its folder, or trained and evaluated now."""
-    options = {"steps": 1100, "match-from": 0.6364, "sample-every": 0, "seed": seed} | options
-    folder = work / digest([options, variant])
+def begin(work, folder, options, variant, threads):
+    """Give the folder the state in which matching begins, of a recipe that is the same until there, or trained now."""
+    match_from = round(options["match-from"] * options["steps"])
+    until = match_from - 50                                                 # where the critic begins to learn
+    early = variant if variant.startswith("beta") or variant == "hard" else ""
+    prefix = work / f"until-{digest({k: v for k, v in options.items() if k not in LATER}, match_from, early)}"
+    with LOCKS.setdefault(prefix, threading.Lock()):
+        if not (prefix / train.STATE).exists():
+            prefix.mkdir(parents=True, exist_ok=True)
+            call(prefix, threads, {"until": until, "variant": early}, *flags({**options, "save-every": until}),
+                 "--out", prefix)
+    with open_tensors(prefix / train.STATE) as file:
+        metadata = file.metadata()
+    saved = json.loads(metadata["options"])
+    defaults = vars(train.parse_args(flags(options)))
+    saved |= {name: defaults[name] for name in (key.replace("-", "_") for key in LATER)}
+    metadata["options"] = json.dumps(saved)
+    tensors = load_file(prefix / train.STATE)
+    write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
+
+
+def measure(work, recipe, seed, threads):
+    """The figures of one recipe and seed: those in its folder, or trained and evaluated now."""
+    name, options, variant, _ = recipe
+    options = {**BASE, **options, "seed": seed}
+    folder = work / digest(options, variant)
     result = folder / "evaluation.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "recipe.json", {"name": name, "options": options, "variant": variant})
-        warmup = options.get("warmup", 50)
-        until = round(options["match-from"] * options["steps"]) - warmup
-        common = {k: v for k, v in options.items() if k not in MATCHING}
-        prefix = work / ("prefix-" + digest([common, until, variant if variant.startswith("beta") else ""]))
-        if options.get("match") != 0 and not (folder / train.STATE).exists():
-            with LOCKS.setdefault(prefix, threading.Lock()):
-                if not (prefix / train.STATE).exists():
-                    prefix.mkdir(parents=True, exist_ok=True)
-                    job = {"until": until, "variant": variant if variant.startswith("beta") else ""}
-                    call(prefix, threads, "-m", "tools.study", "--inner", json.dumps(job), "--", "--out", prefix,
-                         *flags(options | {"save-every": until}))
-            # the state, as if this recipe had made it
-            call(folder, threads, "-m", "tools.study", "--inner", json.dumps({"until": 0}), "--", "--out", folder,
-                 "--dry-run", *flags(options))
-            with safe_open(prefix / train.STATE, "pt") as file:
-                metadata = file.metadata()
-            theirs = json.loads(metadata["options"])
-            for key in MATCHING:
-                key_ = key.replace("-", "_")
-                if key in options:
-                    theirs[key_] = type(theirs[key_])(options[key])
-                else:
-                    theirs[key_] = {"match": 1.0, "match_from": 0.6, "match_guidance": 0.75, "match_until": 0.7,
-                                    "critic_lr": 2e-4, "critic_updates": 1}[key_]
-            metadata["options"] = json.dumps(theirs)
-            tensors = load_file(prefix / train.STATE)
-            write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
-        call(folder, threads, "-m", "tools.study", "--inner", json.dumps({"variant": variant}), "--", "--out", folder,
-             *flags(options))
-        call(folder, threads, "-m", "tools.study", "--inner", json.dumps({"evaluate": str(folder), "result": str(result)}),
-             "--")
+        if options["match"] and not (folder / train.STATE).exists():
+            begin(work, folder, options, variant, threads)
+        call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
+        call(folder, threads, {"evaluate": str(folder), "result": str(result)})
         (folder / train.STATE).unlink()
     return read_json(result)
 
 
 def main():
-    if "--inner" in sys.argv:
-        k = sys.argv.index("--inner")
-        return inner(json.loads(sys.argv[k + 1]), sys.argv[k + 3:])
-    p = argparse.ArgumentParser()
-    p.add_argument("--work", type=Path, default=Path("runs/study"))
-    p.add_argument("--recipes", type=Path)
-    p.add_argument("--jobs", type=int, default=2)
+    if sys.argv[1:2] == ["--inner"]:
+        return inner(json.loads(sys.argv[2]), sys.argv[4:])
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of the names of the rows")
+    p.add_argument("--work", type=Path, default=Path("runs/study"), help="(default: %(default)s)")
+    p.add_argument("--jobs", type=int, default=2, help="rows at once (default: %(default)s)")
     args = p.parse_args()
-    recipes = json.loads(args.recipes.read_text())
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in recipe[3]]
+    print("| recipe | seed | Frechet distance | precision | recall | alignment, seen | held out |\n|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [(r, pool.submit(measure, args.work.absolute(), r[0], r[1], r[2], r[3], threads)) for r in recipes]
-        for r, future in futures:
-            try:
-                row = future.result()
-            except Exception as error:
-                print(r, error)
-                continue
-            print(f"{r[0]:40} {r[3]} {row['frechet']:6.2f} {row['precision']:.3f} {row['recall']:.3f} {row['align_seen']:.3f} {row['align_heldout']:.3f} {[round(127.5 * c, 1) for c in row['channel_mean'] + row['channel_std']]}", flush=True)
+        results = pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows)
+        for (recipe, seed), row in zip(rows, results):
+            figures = [f"{row[key]:{form}}" for key, form in
+                       (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))]
+            print(f"| {' | '.join([recipe[0], str(seed), *figures])} |", flush=True)
     return None
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
