@@ -1,6 +1,6 @@
-"""Distribution matching, beyond the paper: pictures as sharp and as varied as the teacher's, and still without an image.
+"""Distribution matching, beyond the paper: pictures as sharp and as varied as the teacher's, still without an image.
 
-Regression on a trajectory averages what the student cannot tell apart, and blurs. So that its pictures as a whole follow
+Regression on a trajectory averages what the student cannot tell apart, and blurs. So that its pictures as a whole have
 the teacher's distribution, noise them, and compare two denoisers there: the teacher, which pulls towards its own
 pictures, and a critic, a second copy of the teacher that learns all along to denoise the student's pictures, and pulls
 towards those. Where they disagree, the student has too many pictures or too few; the difference says which way to go.

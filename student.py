@@ -1,4 +1,4 @@
-"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read. And its critic.
+"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read; its critic.
 
     student = load_student("runs/tiny")
     condition = student.teacher.encode(["a red ankle boot on a yellow background"])
@@ -56,8 +56,8 @@ class Student:
         return (lo + hi) / 2 if w is None else w
 
 class Critic:
-    """h(x_t, t), the denoiser of the student's own pictures that matching.py compares with the teacher: a network of the
-    teacher's architecture, and for a range of guidance told w as the student is."""
+    """h(x_t, t), the denoiser of the student's own pictures that matching.py compares with the teacher: a network like
+    the teacher's, and for a range of guidance told w as the student is."""
 
     def __init__(self, network, student):
         self.network, self.schedule, self.ranged = network, student.teacher.schedule, student.ranged
@@ -69,8 +69,8 @@ class Critic:
         return clean_prediction(self.network(x_t, self.schedule.index(t), **condition), x_t, t, self.schedule)
 
 def teacher_weights(teacher, guidance):
-    """(config, tensors, file) of a network that is to be trained and starts as its teacher's, in float32. For a range of
-    guidance it also has a projection of w's embedding, which is zero."""
+    """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range
+    of guidance it also has a projection of w's embedding, which is zero."""
     files = weight_files(teacher.unet_folder)
     config = read_json(teacher.unet_folder / "config.json")
     tensors, _ = read_tensors(files, teacher.device, torch.float32)

@@ -51,13 +51,14 @@ MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
-    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (5e-4, 1e-5), "save_every": (100, 500),
-    "sample_every": (100, 1000)}
+    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (5e-4, 1e-5),
+    "save_every": (100, 500), "sample_every": (100, 1000)}
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
     "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 1), "match_guidance": (0, math.inf),
-    "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf), "save_every": (1, math.inf), "sample_every": (0, math.inf)}
+    "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
+    "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
 def default(name, teacher):
     """What DEFAULTS says for a teacher of this name or folder."""
@@ -98,19 +99,19 @@ def add_options(parser):
            "measures errors in units of the clean image; 2 of the signal, for the clean end (default: %(default)s)")
     option("--boundary-weight", type=float, default=0.1, help="beta; 0 leaves the noise end loose (default: 0.1)")
     option = parser.add_argument_group("matching the teacher's distribution, which is not in the paper").add_argument
-    option("--match", type=float, default=16.0, help="weight of the matching loss; 0 is the paper alone: a third less "
-           "memory, and half the time of a step, but pictures blur (default: %(default)s)")
+    option("--match", type=float, default=16.0, help="weight of the matching loss, for pictures as sharp and varied as "
+           "the teacher's; 0 is the paper alone, and spares the critic, 16 bytes a parameter (default: %(default)s)")
     option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: first "
            "it has to paint something (default: %(default)s)")
-    option("--match-guidance", type=float, default=0.75, help="how much of w - 1 the teacher has in it: less gives more "
-           "variety, more gives pictures truer to their prompts (default: %(default)s)")
-    option("--match-until", type=float, default=0.7, help="times above this part of T have no guidance in it "
-           "(default: %(default)s)")
-    option("--match-lr", type=float, help=f"of the student from then on {either['match_lr']}")
-    option("--critic-lr", type=float, help=f"of the critic, which learns what the student paints; too low lags behind "
-           f"it, too high forgets {either['critic_lr']}")
-    option("--critic-updates", type=int, default=1, help="steps of the critic to one in which the student is matched; "
-           "more if the loss called matching rises (default: %(default)s)")
+    option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}")
+    option("--match-guidance", type=float, default=0.75, help="part of w - 1 that the teacher has in it: less gives "
+           "more variety, more is truer to the prompt (default: %(default)s)")
+    option("--match-until", type=float, default=0.7, help="part of T above which the teacher has no guidance in it; 1 "
+           "costs variety (default: %(default)s)")
+    option("--critic-lr", type=float, help="of the critic, which has to follow what the student paints; raise it if "
+           f"the critic's loss rises {either['critic_lr']}")
+    option("--critic-updates", type=int, default=1, help="steps of the critic to one that matches the student; more is "
+           "steadier, and slower (default: %(default)s)")
     option = parser.add_argument_group("machine").add_argument
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     option("--precision", choices=list(PRECISION), help="of the networks' passes; the ddpm teachers' epsilon wants "
@@ -205,9 +206,9 @@ def settle(args, teacher):
 
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noise, time, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
-    depends neither on the number of processes nor on where it was interrupted. Returns eps (B, *shape), t (B,) uniform
-    on 1..T, the numbers of B prompts, w (B,); and for matching n (B, *shape), tau (B,)."""
-    eps, t, prompt, w, n, tau = [], [], [], [], [], []
+    depends neither on the number of processes nor on where it was interrupted. Returns the numbers of B
+    prompts, eps (B, *shape), t (B,) uniform on 1..T, w (B,), and for matching n (B, *shape) and tau (B,)."""
+    prompt, eps, t, w, n, tau = [], [], [], [], [], []
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
     for i in samples:
         digest = hashlib.blake2b(f"{seed} {step} {i}".encode(), digest_size=8).digest()
@@ -218,7 +219,7 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
         w.append(lo + (hi - lo) * torch.rand((), generator=rng))
         n.append(torch.randn(shape, generator=rng))
         tau.append(match_time(torch.rand((), generator=rng), T))
-    return torch.stack(eps), torch.stack(t), prompt, torch.stack(w), torch.stack(n), torch.stack(tau)
+    return prompt, *map(torch.stack, (eps, t, w, n, tau))
 
 def match_time(u, T):
     """tau of a number u in [0, 1): whole, uniform."""
@@ -234,7 +235,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 def learning_rate(step, args, match_from):
-    """Linear warm-up, constant, linear decay over the last part to the rate of matching; and from the step match_from on
+    """Linear warm-up, constant, linear decay over the last part to the rate of matching; from the step match_from on,
     that rate, decaying likewise to zero."""
     if step < match_from:
         tail = (match_from - step) / (args.decay * match_from) if args.decay else 1.0
@@ -252,7 +253,8 @@ def new_optimizer(params, lr, device):
     return optimizer
 
 def training_state(network, optimizer, prefix=""):
-    """All tensors of a network that resume needs, by name: weights, Adam's moments. Random numbers need none: see draw."""
+    """All tensors of a network that resume needs, by name: weights, Adam's moments. Random numbers need none: see
+    draw."""
     state = {}
     for name, p in network.named_parameters():
         state[f"{prefix}network.{name}"] = p.detach()
@@ -500,8 +502,8 @@ def train(args, rank, world, local_rank):
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory and what a pass needs; a checkpoint takes {takes}",
-              flush=True)
+              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory, and what a pass needs; "
+              f"a checkpoint takes {takes}", flush=True)
     if args.dry_run:
         return
     stop = Stop(speaks=rank == 0)
@@ -539,8 +541,8 @@ def train(args, rank, world, local_rank):
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
             # draw
             samples = range(first, first + micro_batch)
-            eps, t, prompt, w, n, tau = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
-            eps, t, w, n, tau = eps.to(device), t.to(device), w.to(device), n.to(device), tau.to(device)
+            prompt, *drawn = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
+            eps, t, w, n, tau = (tensor.to(device) for tensor in drawn)
             s = (t - delta).clamp(min=0)
             condition = teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
@@ -549,11 +551,13 @@ def train(args, rank, world, local_rank):
             # losses: L = L_BS + beta * L_BC, each backward on its own, so that one graph is in memory at a time
             rows = [row for row, sample in enumerate(samples) if sample % path_every == 0]
             if rows:
-                weight = (1 - contraction(t[rows], s[rows], schedule)).float() ** args.weight
+                path = eps[rows], t[rows], s[rows]
+                weight = (1 - contraction(*path[1:], schedule)).float() ** args.weight
                 with autocast(device, dtype):
-                    L_BS = bootstrap_loss(student, teacher.denoise, eps[rows], t[rows], s[rows], schedule, args.solver, weight, **select(condition, rows))
+                    L_BS = bootstrap_loss(student, teacher.denoise, *path, schedule, args.solver, weight,
+                                          **select(condition, rows))
                 (grad_scale / num_path * L_BS.sum()).backward()
-                bins = schedule.index(t[rows]) * BINS // schedule.T       # (micro_batch,): times 1..T to 0..BINS - 1
+                bins = schedule.index(t[rows]) * BINS // schedule.T         # (len(rows),): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w[rows]))
             rows = [row for row, sample in enumerate(samples) if sample % BOUNDARY_EVERY == 0]

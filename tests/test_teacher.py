@@ -63,8 +63,8 @@ def test_student_equals_teacher_before_training(tiny, i, guidance):
 
 
 def test_refinement_goes_on_along_the_trajectory(tiny):
-    """With no step it is the student's own picture; with one, y_t, then the teacher's prediction from there; and from the
-    teacher's own y_t it ends where its trajectory does."""
+    """With no step it is the student's own picture; with one, the teacher's prediction at y_t; and from the teacher's
+    own y_t it ends where its trajectory does."""
     student, condition, eps = new_student(tiny, 400, 3.0), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
     with torch.no_grad():
         assert torch.equal(student.refine(eps, 0, **condition), student(eps, 0, **condition))

@@ -2,7 +2,7 @@
 
     python -m tools.evaluate --student runs/tiny                    5,000 images, half a minute
     python -m tools.evaluate --student runs/tiny --refine 1 2 4     and handed to so many steps of the teacher
-    python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again, too, half an hour on 2 cores
+    python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again too, half an hour
     python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
 The teacher's rows are measured once for each guidance, seed and number of images, and stored in its folder: at the
@@ -33,9 +33,10 @@ from teacher import image_grid, noise, pick_device, to_pil
 from tools.judge import frechet, load_judge, moments, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
-SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # scales, and steps, among which the teacher's best is sought
+SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # where the teacher's best scale is sought
 EXACT = 2**17                               # numbers of exact solutions that are kept to measure against
-COLUMNS = (("frechet", ".2f"), ("to_teacher", ".2f"), ("drift", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"),
+COLUMNS = (("frechet", ".2f"), ("to_teacher", ".2f"), ("drift", ".1f"), ("precision", ".3f"), ("recall", ".3f"),
+           ("align_seen", ".1%"),
            ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
 
 
@@ -194,9 +195,9 @@ def add_row(evaluation, rows, path, w, steps, *against):
 
 
 def teacher_rows(evaluation, steps, sweep, fresh):
-    """(rows, aim, moments, solution): the teacher at the student's scale in so many steps each, and then in the most steps
-    at the best scale of the sweep; its row in the most steps at the student's scale, and the moments of its pictures
-    there; exact samples of the first noises."""
+    """(rows, aim, moments, solution): the teacher at the student's scale in so many steps each, and then in the most
+    steps at the best scale of the sweep; its row in the most steps at the student's scale, and the moments of its
+    pictures there; exact samples of the first noises."""
     w, most, num_exact = evaluation.w, STEPS[-1], evaluation.num_exact
     path = stored(evaluation, w, num_exact)
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
@@ -264,8 +265,8 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="another has other noises and prompts")
     p.add_argument("--steps", type=int, nargs="+", default=STEPS, choices=STEPS, help="which of the teacher's rows")
     p.add_argument("--sweep", type=float, nargs="*", default=SWEEP, metavar="W",
-                   help=f"scales of which the teacher's best in {SWEEP_STEPS} steps has a row in {STEPS[-1]}; one is taken "
-                        "as it is, none skips the row (default: %(default)s)")
+                   help=f"scales of which the teacher's best in {SWEEP_STEPS} steps has a row in {STEPS[-1]}; one is "
+                        "taken as it is, none skips the row (default: %(default)s)")
     p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
                    help="rows of the student handed to so many steps of the teacher")
     p.add_argument("--json", type=Path,
@@ -299,10 +300,13 @@ def main():
         row["drift"] = drift(row, aim)
 
     halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))
-    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images, two halves of which "
-          f"are {halves:.1f} apart, and to the teacher's {STEPS[-1]} steps; drift of the channels' mean and spread from "
-          f"those, in 255ths; rmse to the Signal-ODE's solution on the first {len(solution)} noises; images/s from one "
-          f"step and one decoding, timed now\n{table(rows)}")
+    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images, two halves "
+          f"of which are {halves:.1f} apart, and to the teacher's {STEPS[-1]} steps; drift of the channels' mean and "
+          f"spread from those, in 255ths; rmse to the Signal-ODE's solution on the first {len(solution)} noises; "
+          f"images/s from one step and one decoding, timed now\n{table(rows)}")
+    if teacher.vae is not None and "autoencoder" in evaluation.config:
+        print(f"Frechet distance of real images to themselves through the autoencoder alone: "
+              f"{evaluation.config['autoencoder']:.1f}")
     accuracy = evaluation.config["accuracy"]
     shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
     print(f"the judge's own accuracy on the real test split: {shares}")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import BadInput, command, open_tensors, read_json, write_file, write_json
+from checkpoint import command, open_tensors, read_json, write_file, write_json
 from signal_ode import like, noisy
 from student import load_student
 from tools.evaluate import Evaluation
@@ -57,6 +57,7 @@ RECIPES = (
     ("15 target steps", {"num-steps": 15}, "", (0,)),
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, "", (0,)),
 )
+COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
 
 
@@ -260,12 +261,12 @@ def main():
     args = p.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in recipe[3]]
-    print("| recipe | seed | Frechet distance | precision | recall | alignment, seen | held out |\n|---|---|---|---|---|---|---|")
+    print("| recipe | seed | Frechet distance | precision | recall | alignment, seen | held out |")
+    print("|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows)
         for (recipe, seed), row in zip(rows, results):
-            figures = [f"{row[key]:{form}}" for key, form in
-                       (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))]
+            figures = [f"{row[key]:{form}}" for key, form in COLUMNS]
             print(f"| {' | '.join([recipe[0], str(seed), *figures])} |", flush=True)
     return None
 
