@@ -51,7 +51,7 @@ def test_training_leaves_everything_and_says_where(trained):
     assert f"python -m tools.evaluate --student {out}" in done.stdout
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "student", "state"}
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 6 and last["bootstrap"] > 0 and last["boundary"] > 0
+    assert last["step"] == 6 and all(last[name] > 0 for name in ("bootstrap", "boundary", "matching", "critic"))
     assert Image.open(out / "samples" / "step_6.png").size == (8 * 96, 2 * 96)
     before = load_file(TINY / "unet" / WEIGHTS)["conv_in.weight"].float()
     assert not student(out)["conv_in.weight"].equal(before)
@@ -177,7 +177,8 @@ def test_resumed_log_has_every_step_once(call, tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, teacher, input_time):
     """An epsilon student reads its input where noise is 2.27 times the signal, one of v at T."""
     code, stdout, _ = call("train", "--dry-run", "--teacher", teacher, "--out", tmp_path / "run")
-    assert code == 0 and f"guidance 3.0, input time {input_time}, 1200 steps of 32, 32 at once" in stdout
+    assert code == 0 and f"guidance 3.0, input time {input_time}, 1300 steps of 32, 32 at once" in stdout
+    assert "matched from step 585 on with a critic of as many" in stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -126,7 +126,7 @@ def test_room_for_a_checkpoint_is_in_the_plan_and_checked_before_the_first_step(
     size = sum(path.stat().st_size for path in two.glob("*/*.safetensors")) / 1e9
     assert f"a checkpoint takes {size:.2f} GB on disk, and " in plan
     usage = namedtuple("usage", "total used free")
-    for free, out, enough in ((9e7, "new", False), (9.5e7, "new", True), (4e7, "two", False), (4.5e7, "two", True)):
+    for free, out, enough in ((1.5e8, "new", False), (1.6e8, "new", True), (7e7, "two", False), (7.2e7, "two", True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e9, 0, free))
         before = everything(tmp_path)
         dry = ["--dry-run"] if enough else []
