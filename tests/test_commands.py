@@ -228,9 +228,10 @@ def test_evaluate_writes_the_table_and_reuses_the_teachers_rows(run, trained, tm
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (TINY / "evaluation").iterdir()) == stored    # nothing was measured again
     result = json.loads((tmp_path / "e.json").read_text())
-    rows, teacher = result["rows"], [("ddim", k, 2 * k) for k in (1, 2, 4, 8, 10, 25, 50)]
-    assert [(r["sampler"], r["steps"], r["nfe"]) for r in rows] == teacher + [("student", 1, 1)]
-    figures = {"frechet", "precision", "recall", "align_seen", "align_heldout", "rmse", "images_per_s"}
+    rows, teacher = result["rows"], [("ddim", k, 2 * k, 3) for k in (1, 2, 4, 8, 10, 25, 50)] + [("ddim", 50, 100, 2)]
+    assert [(r["sampler"], r["steps"], r["nfe"], r["guidance"]) for r in rows] == teacher + [("student", 1, 1, 3)]
+    figures = {"frechet", "to_teacher", "drift", "channel_mean", "channel_std", "precision", "recall", "align_seen",
+               "align_heldout", "rmse", "images_per_s"}
     assert all(set(r) >= figures for r in rows)
     assert result["images"] == 5000 and Image.open(tmp_path / "e.png").height == 8 * 96
 

@@ -167,14 +167,14 @@ def quick(student, tmp_path, monkeypatch):
     monkeypatch.setattr(tools.evaluate, "EXACT", 2**10)
     others = shutil.ignore_patterns("student", "evaluation", "pixel")
     teacher = shutil.copytree(TINY, tmp_path / "tiny", ignore=others)
-    return ["--student", student, "--teacher", teacher, "--images", 100]
+    return ["--student", student, "--teacher", teacher, "--images", 100, "--sweep"]
 
 
 def test_evaluation_on_a_disk_that_cannot_be_written_warns_and_goes_on(call, quick, student, tmp_path):
     (tmp_path / "tiny" / "evaluation").write_text("in the way")
     (student / "evaluation.json").mkdir()
     code, out, error = call("tools.evaluate", *quick)
-    assert code == 0 and "student      1    1" in out and error.count("measured, but not kept") == 3, error
+    assert code == 0 and "student      1    3    1" in out and error.count("measured, but not kept") == 3, error
     code, _, error = call("tools.evaluate", *quick, "--json", tmp_path / "tiny" / "evaluation" / "e.json")
     assert code == 2 and "can't write" in error
 
@@ -190,7 +190,7 @@ def test_rows_of_evaluations_picture_have_names(call, quick, tmp_path):
 
 
 def test_tools_run_as_files_too(run):
-    for name in ("evaluate", "bench", "synthesise", "train_tiny"):
+    for name in ("evaluate", "bench", "study", "synthesise", "train_tiny"):
         done = run(f"tools/{name}.py", "--help")
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
