@@ -30,7 +30,7 @@ def parse_args():
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
     option("--refine", type=int, default=0, metavar="STEPS", help="steps of the teacher after the student's, on its "
-           "trajectory: quality for time (default: %(default)s)")
+           "trajectory: closer to the teacher's picture from 4 on (default: %(default)s)")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
     option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same "
            "seeds are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
