@@ -491,7 +491,7 @@ def train(args, rank, world, local_rank):
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     for p in critic_params:
-        critic_optimizer.state[p]["step"].fill_(max(0, start - match_from + args.warmup))
+        critic_optimizer.state[p]["step"].fill_(max(0, start - max(0, match_from - args.warmup)))
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
