@@ -12,8 +12,9 @@ towards those. Where they disagree, the student has too many pictures or too few
     d           h - f, up to a factor the gradient of the divergence KL(student || teacher) of the noisy distributions
 
 Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
-DMD (Yin et al. 2024, 2311.18828, eq. 7 and 8) for the scale of d, FreeFlow (2511.19428) for doing so beside a path that
-is learned from noise alone. Arguments and shapes as in signal_ode.py; pure functions of tensors and of callables.
+DMD (Yin et al. 2024, 2311.18828, eq. 7 and 8, without its alpha_tau) for the scale of d, FreeFlow (2511.19428) for
+doing so beside a path that is learned from noise alone. Arguments and shapes as in signal_ode.py; pure functions of
+tensors and of callables.
 """
 
 import torch
@@ -22,7 +23,7 @@ from signal_ode import like, noisy
 
 def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
     """L_M of each sample, (B,): 1/2 || x - stopgrad[x - d / mean|x - f|] ||^2, whose gradient to x is d in units of the
-    teacher's own error. Gradients reach x alone. teacher: see limited_guidance; critic: callable likewise."""
+    teacher's own error. Gradients reach x alone. teacher, critic: callables (x_t, t, **condition)."""
     with torch.no_grad():
         x_tau = noisy(x, n, tau, schedule)
         f = teacher(x_tau, tau, **condition)
@@ -32,7 +33,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
 
 def critic_loss(x, critic, n, tau, schedule, **condition):
     """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2 in units of the network's own output, epsilon, v or sample,
-    as it was trained. x: the student's pictures, without gradient."""
+    as the teacher was trained. x: the student's pictures, without gradient."""
     alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
     unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
     error = (critic(noisy(x, n, tau, schedule), tau, **condition) - x).square().flatten(1).mean(1)

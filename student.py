@@ -36,8 +36,9 @@ class Student:
         return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
 
     def refine(self, eps, steps, w=None, **condition):
-        """The picture (B, C, h, w) after so many Euler steps of the teacher on its trajectory, of the grid's steps + 1,
-        in place of the first of which the student jumps from noise to y_t. With 0 steps it is the student's own."""
+        """The picture (B, C, h, w) on the trailing grid of steps + 1: the student makes the first, from noise to y_t,
+        and the teacher the others, Euler's. With 0 steps it is the student's own. w: of both, needed where steps > 0.
+        """
         grid = self.teacher.schedule.grid(steps + 1)[1:]
         y_t = self(eps, grid[0], w=w, **condition)
         return self.teacher.solve(eps, grid, space="y", start=y_t, w=w, **condition)
@@ -60,13 +61,19 @@ class Critic:
     the teacher's, and for a range of guidance told w as the student is."""
 
     def __init__(self, network, student):
-        self.network, self.schedule, self.ranged = network, student.teacher.schedule, student.ranged
+        self.network, self.teacher, self.ranged = network, student.teacher, student.ranged
 
     def __call__(self, x_t, t, w=None, **condition):
         """The clean prediction (B, C, h, w) of x_t at times t (B,), 1..T. w: (B,), the scale of a ranged student."""
         if self.ranged:
             condition["guidance"] = w
-        return clean_prediction(self.network(x_t, self.schedule.index(t), **condition), x_t, t, self.schedule)
+        schedule = self.teacher.schedule
+        return clean_prediction(self.network(x_t, schedule.index(t), **condition), x_t, t, schedule)
+
+    def denoise(self, x_t, t, **condition):
+        """The same, clipped where the teacher's are, to be compared with them. What is clipped could not learn."""
+        h, clip = self(x_t, t, **condition), self.teacher.clip
+        return h if clip is None else h.clamp(-clip, clip)
 
 def teacher_weights(teacher, guidance):
     """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range

@@ -56,7 +56,7 @@ DEFAULTS = {
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
-    "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 1), "match_guidance": (0, math.inf),
+    "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 0.99), "match_guidance": (0, math.inf),
     "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
     "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
@@ -80,9 +80,10 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory "
            "(default: its whole share for an embedded teacher, up to 4 for another)")
     option("--lr", type=float, help=f"peak {either['lr']}")
-    option("--warmup", type=int, help=f"steps of linear warm-up {either['warmup']}")
-    option("--decay", type=float, default=0.6, help="last part of the run over which the rate falls linearly to "
-           "zero; 0 keeps it constant (default: %(default)s)")
+    option("--warmup", type=int, help="steps of linear warm-up, and those that the critic learns before it is asked "
+           f"{either['warmup']}")
+    option("--decay", type=float, default=0.6, help="last part over which the rate falls linearly, before matching to "
+           "--match-lr and then to zero; 0 keeps it constant (default: %(default)s)")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
            "0 keeps no average and saves its memory")
     option = parser.add_argument_group("method").add_argument
@@ -143,7 +144,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, default(name, args.teacher))
     if not args.match:
-        args.match_lr = 0.0
+        args.match_lr = 0.0                                 # BOOT alone ends at a rate of zero
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -205,9 +206,9 @@ def settle(args, teacher):
             raise BadInput(f"{name} {value} is not supported: 1 to {T}")
 
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
-    """Noise, time, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
-    depends neither on the number of processes nor on where it was interrupted. Returns the numbers of B
-    prompts, eps (B, *shape), t (B,) uniform on 1..T, w (B,), and for matching n (B, *shape) and tau (B,)."""
+    """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
+    depends neither on the number of processes nor on where it was interrupted. Returns the numbers of B prompts, eps
+    (B, *shape), t (B,) uniform on 1..T, w (B,), and for matching n (B, *shape) and tau (B,)."""
     prompt, eps, t, w, n, tau = [], [], [], [], [], []
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
     for i in samples:
@@ -238,8 +239,9 @@ def learning_rate(step, args, match_from):
     """Linear warm-up, constant, linear decay over the last part to the rate of matching; from the step match_from on,
     that rate, decaying likewise to zero."""
     if step < match_from:
+        warm = (step + 1) / max(args.warmup, 1)
         tail = (match_from - step) / (args.decay * match_from) if args.decay else 1.0
-        return args.match_lr + (args.lr - args.match_lr) * min(1.0, (step + 1) / max(args.warmup, 1), tail)
+        return min(args.lr * warm, args.match_lr + (args.lr - args.match_lr) * min(1.0, tail))
     tail = (args.steps - step) / (args.decay * (args.steps - match_from)) if args.decay else 1.0
     return args.match_lr * min(1.0, tail)
 
@@ -298,8 +300,8 @@ def remove_empty(*folders):
 def save(out, student, state, step, options):
     """What resume needs, with the options that made it; then the student, so that there is none without its state."""
     if broken := not_finite(state):
-        raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr, in another "
-                       "--out")
+        raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr, "
+                       "--match-lr or --critic-lr, in another --out")
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     metadata = {"step": str(step), "options": json.dumps(options)}
     write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
@@ -464,23 +466,23 @@ def train(args, rank, world, local_rank):
     optimizer = new_optimizer(params, args.lr, device)
 
     # ---- Critic: the third network, which learns what the student paints, to tell it from what the teacher would
-    critic_params, match_from = [], args.steps                              # the first step that matches the student
+    critic_params = []
     if args.match:
         critic = new_critic(student)
         critic.network.requires_grad_(True)
         critic.network.checkpointing = args.grad_checkpointing
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
-        match_from = round(args.match_from * args.steps)
-        limits = {"share": args.match_guidance, "until": args.match_until * schedule.T}
-        limited = functools.partial(limited_guidance, teacher.denoise, **limits)
+        limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
+                                    until=args.match_until * schedule.T)
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, optimizer)
     if args.ema:
         state |= {f"ema.{name}": p for name, p in averaged.network.named_parameters()}
+    match_from = torch.tensor(float(args.steps + args.warmup), device=device)           # the first step of matching
     if args.match:
-        state |= training_state(critic.network, critic_optimizer, "critic_")
+        state |= training_state(critic.network, critic_optimizer, "critic_") | {"match_from": match_from}
     step = torch.zeros((), dtype=torch.int64, device=device)
     if rank == 0:
         step.fill_(resume(args.out / STATE, state))
@@ -488,10 +490,14 @@ def train(args, rank, world, local_rank):
         for tensor in (step, *state.values()):
             dist.broadcast(tensor, 0)
     start = done = step.item()
+    if args.match and start <= match_from - args.warmup:    # with other --steps it moves, until the critic has begun
+        match_from.fill_(max(round(args.match_from * args.steps), start + args.warmup))
+    match_from = int(match_from) if args.match else args.steps
+    critic_from = match_from - args.warmup                  # a head start: it is the unguided teacher at first
     for p in params:
         optimizer.state[p]["step"].fill_(start)
     for p in critic_params:
-        critic_optimizer.state[p]["step"].fill_(max(0, start - max(0, match_from - args.warmup)))
+        critic_optimizer.state[p]["step"].fill_(max(0, start - critic_from))
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
@@ -528,14 +534,15 @@ def train(args, rank, world, local_rank):
     for step in bar:
         lr = learning_rate(step, args, match_from)
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
+        for p in (*params, *critic_params):
+            p.grad = None
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),
                "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device),
                "matching": torch.zeros((), device=device), "critic": torch.zeros((), device=device)}
-        critic_learns = args.match > 0 and step >= match_from - args.warmup                 # it has a head start
+        critic_learns = args.match > 0 and step >= critic_from
         matches = step >= match_from and (step + 1) % args.critic_updates == 0
         learning = [*params, *critic_params] if critic_learns else params
-        path_every = PATH_EVERY if args.match and step >= match_from else 1
+        path_every = PATH_EVERY if step >= match_from else 1
         num_path = len(range(0, args.batch, path_every))
 
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
@@ -548,14 +555,13 @@ def train(args, rank, world, local_rank):
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
-            # losses: L = L_BS + beta * L_BC, each backward on its own, so that one graph is in memory at a time
+            # losses: L = L_BS + beta * L_BC + match * L_M, each backward on its own: one graph is in memory at a time
             rows = [row for row, sample in enumerate(samples) if sample % path_every == 0]
             if rows:
-                path = eps[rows], t[rows], s[rows]
-                weight = (1 - contraction(*path[1:], schedule)).float() ** args.weight
+                weight = (1 - contraction(t[rows], s[rows], schedule)).float() ** args.weight
                 with autocast(device, dtype):
-                    L_BS = bootstrap_loss(student, teacher.denoise, *path, schedule, args.solver, weight,
-                                          **select(condition, rows))
+                    L_BS = bootstrap_loss(student, teacher.denoise, eps[rows], t[rows], s[rows], schedule, args.solver,
+                                          weight, **select(condition, rows))
                 (grad_scale / num_path * L_BS.sum()).backward()
                 bins = schedule.index(t[rows]) * BINS // schedule.T         # (len(rows),): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
@@ -567,13 +573,13 @@ def train(args, rank, world, local_rank):
                 (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
 
-            # matching: L_M of the student's picture x, and L_C of the critic, to which x is what it has to learn
+            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x
             if critic_learns:
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
             if matches:
                 with autocast(device, dtype):
-                    L_M = matching_loss(x, limited, critic, n, tau, schedule, **condition)
+                    L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
                 (grad_scale * args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
@@ -583,6 +589,9 @@ def train(args, rank, world, local_rank):
                 log["critic"] += L_C.detach().sum() / args.batch
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
+        for p in learning:
+            if p.grad is None:                              # this process may have had no row of any loss
+                p.grad = torch.zeros_like(p)
         if world > 1:
             for tensor in (*log.values(), *(p.grad for p in learning)):
                 dist.all_reduce(tensor)
@@ -592,10 +601,12 @@ def train(args, rank, world, local_rank):
             for p in learning:
                 p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        critic_norm = torch.nn.utils.clip_grad_norm_(critic_params, 1.0).item() if critic_learns else 0.0
         losses = {"bootstrap": log["bootstrap"].sum().item() / num_path, "boundary": log["boundary"].item(),
                   "matching": log["matching"].item(), "critic": log["critic"].item()}
-        if not math.isfinite(norm + sum(losses.values())):
-            advice = f"what {args.out} holds is whole: lower --lr, or take --precision bf16 or fp32, in another --out"
+        if not math.isfinite(norm + critic_norm + sum(losses.values())):
+            advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
+            advice += " or fp32, in another --out"
             if step == 0:
                 advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
                 advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
@@ -603,9 +614,7 @@ def train(args, rank, world, local_rank):
                            f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {advice}")
         optimizer.step()
         if critic_learns:
-            torch.nn.utils.clip_grad_norm_(critic_params, 1.0)
             critic_optimizer.step()
-            critic_optimizer.zero_grad()
         done = step + 1
 
         # average

@@ -71,11 +71,21 @@ def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
         return {"frechet": abs(sampler.keywords["w"] - 1.6)}, (torch.zeros(2), torch.eye(2))
     evaluation.measure = measure
     for _ in range(2):
-        rows, aim, *_ = teacher_rows(evaluation, [2], [1.0, 1.5, 2.0, 3.0], fresh=False)
+        rows, aim, *_ = teacher_rows(evaluation, [2], [1.0, 1.5, 2.0], fresh=False)
         assert [(row["guidance"], row["steps"], row["nfe"]) for row in rows] == [(3.0, 2, 4), (1.5, 2, 4)]
-    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (1.0, 1.5, 2.0)), "DDIM-2, w = 1.5"]
+    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (1.0, 1.5, 2.0, 3.0)), "DDIM-2, w = 1.5"]
     assert teacher_rows(evaluation, [2], [2.0], fresh=False)[0][1]["guidance"] == 2.0
-    assert calls[5:] == ["DDIM-2, w = 2.0"]
+    assert calls[6:] == ["DDIM-2, w = 2.0"]
+    assert len(teacher_rows(evaluation, [2], [3.0, 7.0], fresh=False)[0]) == 1          # its own scale is the best
+    teacher_rows(evaluation, [2], [2.0], fresh=True)
+    [stored] = (json.loads(path.read_text()) for path in (tmp_path / "tiny" / "evaluation").glob("*.json")
+                if '"guidance": 1.5' in path.read_text())
+    assert {(1.5, 2), (2.0, 2), (7.0, 1)} <= {(row["guidance"], row["steps"]) for row in stored}
+
+
+def test_a_scale_of_zero_is_a_scale():
+    evaluation = Evaluation(load_student(TINY / "student"), 100, 3.0, seed=2)
+    assert evaluation.ddim(1, 0.0).keywords["w"] == 0.0 and evaluation.ddim(1).keywords["w"] == 3.0
 
 
 def test_drift_is_the_largest_change_of_a_channel():

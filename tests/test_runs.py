@@ -220,6 +220,68 @@ def test_remarks_in_the_log_stay(call, two):
     assert [json.loads(lines[k])["step"] for k in (1, 5)] == [2, 4] and lines[6:] == [b""]
 
 
+def stop_after(monkeypatch, step):
+    """The next run ends with the save at that step, as if killed there."""
+    save = train.save
+
+    def save_and_stop(out, student, state, done, options):
+        save(out, student, state, done, options)
+        if done == step:
+            sys.exit()
+    monkeypatch.setattr(train, "save", save_and_stop)
+
+
+def last_records(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 50])
+def test_resume_is_bitwise_wherever_the_critic_begins(call, tmp_path, monkeypatch, warmup):
+    """Also before it begins, in its head start, and where that is longer than the run."""
+    options = [*SHORT, "--warmup", warmup, "--steps", 8, "--save-every", 1]
+    assert call("train", *options, "--out", tmp_path / "whole")[0] == 0
+    for step in (1, 3, 5):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            call("train", *options, "--out", tmp_path / "parts")
+        assert saved_step(tmp_path / "parts") == step
+    assert call("train", *options, "--out", tmp_path / "parts")[0] == 0
+    whole, parts = (load_file(tmp_path / name / train.STATE) for name in ("whole", "parts"))
+    assert all(whole[name].equal(parts[name]) for name in whole) and saved_step(tmp_path / "parts") == 8
+
+
+def saved_step(out):
+    return int(train.saved_step(out / train.STATE))
+
+
+def test_other_steps_move_the_start_of_matching_until_the_critic_has_begun(call, tmp_path, monkeypatch):
+    options = [*SHORT, "--save-every", 1, "--out", tmp_path]                # the critic begins 2 steps before matching
+    for steps, step, expected in ((40, 12, 18), (20, 13, 14), (100, 15, 14)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            call("train", *options, "--steps", steps)
+        assert load_file(tmp_path / train.STATE)["match_from"] == expected, steps
+
+
+def test_the_critic_always_has_a_head_start(call, tmp_path):
+    assert call("train", *SHORT, "--match-from", 0, "--steps", 2, "--out", tmp_path / "a")[0] == 0
+    [line] = last_records(tmp_path / "a")
+    assert line["critic"] > 0 and line["matching"] == 0
+    assert call("train", *SHORT, "--match-from", 0, "--steps", 3, "--out", tmp_path / "b")[0] == 0
+    assert last_records(tmp_path / "b")[-1]["matching"] > 0
+
+
+def test_processes_without_a_row_of_a_loss_take_part(tmp_path):
+    """Of samples 2 and 3, in a step that does not match the student, no loss is counted: their process sends zeros."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+              "--rdzv-endpoint=127.0.0.1:0"]
+    options = [*SHORT, "--match-from", "0.5", "--critic-updates", 2, "--steps", 6, "--out", tmp_path]
+    done = subprocess.run([*launch, "train.py", *map(str, options)], cwd=ROOT, env=env, capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0 and last_records(tmp_path)[-1]["matching"] > 0, done.stderr
+
+
 def test_a_negative_prompt_that_is_not_utf8_is_readable_everywhere(run, tmp_path):
     done = run("train.py", *SHORT, "--steps", 1, "--out", tmp_path, "--negative-prompt", os.fsdecode(b"caf\xe9"))
     assert done.returncode == 0 and "is not UTF-8 text" in done.stderr, done.stderr

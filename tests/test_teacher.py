@@ -90,6 +90,16 @@ def test_critic_equals_the_unguided_teacher_before_training(tiny, guidance):
     assert not told or critic.network.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
 
+def test_critic_is_compared_with_the_teacher_clipped_as_that_is():
+    teacher = load_teacher("tiny-pixel")
+    critic, condition = new_critic(new_student(teacher, 1000, 3.0)), teacher.encode(["bag", "coat"])
+    x_t = 3 * noise([0, 1], teacher.shape)
+    with torch.no_grad():
+        assert torch.equal(critic.denoise(x_t, torch.tensor([10, 500]), w=torch.ones(2), **condition),
+                           teacher.denoise(x_t, torch.tensor([10, 500]), **condition))
+        assert critic(x_t, torch.tensor([10, 500]), **condition).abs().max() > 1
+
+
 def test_new_embeddings_learn(tiny):
     """The zero layers get a gradient, so that the student can leave its teacher."""
     student, condition = new_student(tiny, 400, [1.0, 8.0]), tiny.encode(PROMPTS)

@@ -36,8 +36,7 @@ STEPS = (1, 2, 4, 8, 10, 25, 50)
 SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # where the teacher's best scale is sought
 EXACT = 2**17                               # numbers of exact solutions that are kept to measure against
 COLUMNS = (("frechet", ".2f"), ("to_teacher", ".2f"), ("drift", ".1f"), ("precision", ".3f"), ("recall", ".3f"),
-           ("align_seen", ".1%"),
-           ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
+           ("align_seen", ".1%"), ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
 
 
 def neighbour_radius(features, k=3):
@@ -98,7 +97,8 @@ class Evaluation:
 
     def ddim(self, steps, w=None):
         """The teacher, guided by w or else as the student is, in that many DDIM steps, as a sampler."""
-        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps), w=w or self.w)
+        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps),
+                                 w=self.w if w is None else w)
 
     def one_step(self, refine=0):
         """The student, handed to so many steps of the teacher, as a sampler."""
@@ -121,8 +121,8 @@ class Evaluation:
         return to_pil(self.teacher.decode(sampler(eps, **condition), self.seeds))
 
     @torch.no_grad()
-    def measure(self, sampler, name, teacher=None, solution=None):
-        """A row's figures of quality, and the moments of its features. teacher: moments of those of the teacher's
+    def measure(self, sampler, name, reference=None, solution=None):
+        """A row's figures of quality, and the moments of its features. reference: the moments of those of the teacher's
         pictures; solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
         parts = [slice(k, k + self.batch) for k in range(0, len(latents), self.batch)]
@@ -138,7 +138,7 @@ class Evaluation:
         own = moments(features)
         precision, recall = precision_recall(features, self.real)
         row = {"frechet": frechet(own, self.real_moments), "precision": precision, "recall": recall}
-        row["to_teacher"] = None if teacher is None else frechet(own, teacher)
+        row["to_teacher"] = None if reference is None else frechet(own, reference)
         for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
             if not mask.any():
                 row[f"align_{which}"] = None
@@ -176,18 +176,18 @@ def stored(evaluation, *settings):
     return folder / "evaluation" / digest.hexdigest()[:16]
 
 
-def read_rows(path, fresh):
-    """The rows of a file by (w, steps); none if there is no such file, or if they are to be measured again."""
-    rows = read_json(path, list) if path.exists() and not fresh else []
+def read_rows(path):
+    """The rows of a file by (w, steps); none if there is no such file."""
+    rows = read_json(path, list) if path.exists() else []
     return {(row["guidance"], row["steps"]): row for row in rows}
 
 
-def add_row(evaluation, rows, path, w, steps, *against):
+def add_row(evaluation, rows, path, w, steps, reference=None, solution=None):
     """Measure the teacher at w in so many steps, unless that is known. A row is stored at once, so that an interrupted
     measurement goes on. Returns the moments of its pictures, if it was measured."""
     if (w, steps) in rows:
         return None
-    row, own = evaluation.measure(evaluation.ddim(steps, w), f"DDIM-{steps}, w = {w}", *against)
+    row, own = evaluation.measure(evaluation.ddim(steps, w), f"DDIM-{steps}, w = {w}", reference, solution)
     nfe = steps * (1 if w == 1 else 2)
     rows[w, steps] = {"sampler": "ddim", "guidance": w, "steps": steps, "nfe": nfe} | row
     store(write_json, path, list(rows.values()))
@@ -196,19 +196,21 @@ def add_row(evaluation, rows, path, w, steps, *against):
 
 def teacher_rows(evaluation, steps, sweep, fresh):
     """(rows, aim, moments, solution): the teacher at the student's scale in so many steps each, and then in the most
-    steps at the best scale of the sweep; its row in the most steps at the student's scale, and the moments of its
-    pictures there; exact samples of the first noises."""
+    steps at the best scale of the sweep, if it is another; its row in the most steps at the student's scale, and the
+    moments of its pictures there; exact samples of the first noises."""
     w, most, num_exact = evaluation.w, STEPS[-1], evaluation.num_exact
     path = stored(evaluation, w, num_exact)
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    rows = read_rows(path, fresh or not tensors_path.exists())
+    sweep_path = stored(evaluation, "sweep").with_suffix(".json")
+    rows = read_rows(path) if tensors_path.exists() and not fresh else {}
+    swept = read_rows(sweep_path)
     if not {(w, k) for k in (*steps, most)} <= rows.keys():
         print(f"measuring the teacher on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
     if rows:
         tensors, _ = read_tensors(tensors_path)
     else:
         solution = evaluation.sample(evaluation.solution(), num_exact, "Signal-ODE solution").half().cpu()
-        mean, covariance = add_row(evaluation, rows, path, w, most, None, solution.float())
+        mean, covariance = add_row(evaluation, rows, path, w, most, solution=solution.float())
         tensors = {"solution": solution, "mean": mean, "covariance": covariance}
         store(write_file, tensors_path, lambda p: save_file(tensors, p))
     reference, solution = (tensors["mean"], tensors["covariance"]), tensors["solution"].float()
@@ -216,16 +218,21 @@ def teacher_rows(evaluation, steps, sweep, fresh):
         add_row(evaluation, rows, path, w, k, reference, solution)
     result = [rows[w, k] for k in steps]
 
-    scales = [scale for scale in sweep if scale != w]
-    if scales:
-        path = stored(evaluation, "sweep").with_suffix(".json")
-        swept = read_rows(path, fresh)
-        if len(scales) > 1:
-            for scale in scales:
-                add_row(evaluation, swept, path, scale, SWEEP_STEPS)
-            scales.sort(key=lambda scale: swept[scale, SWEEP_STEPS]["frechet"])
-        add_row(evaluation, swept, path, scales[0], most)
-        result.append(swept[scales[0], most])
+    best = sweep[0] if sweep else w                         # one scale is taken as it is
+    if len(sweep) > 1:
+        others = [scale for scale in sweep if scale != w]
+        if fresh:
+            swept = {pair: row for pair, row in swept.items() if pair[0] not in others}
+        for scale in others:
+            add_row(evaluation, swept, sweep_path, scale, SWEEP_STEPS)
+        add_row(evaluation, rows, path, w, SWEEP_STEPS, reference, solution)
+        candidates = swept | rows
+        best = min((w, *others), key=lambda scale: candidates[scale, SWEEP_STEPS]["frechet"])
+    elif fresh:
+        swept.pop((best, most), None)
+    if best != w:
+        add_row(evaluation, swept, sweep_path, best, most)
+        result.append(swept[best, most])
     return result, rows[w, most], reference, solution
 
 
@@ -285,17 +292,22 @@ def main():
         args.images = 2000 if teacher.vae is None else 5000
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
+    for k in args.refine:
+        if not 0 < k <= teacher.schedule.T // 2:
+            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // 2}")
+    sweep = args.sweep if teacher.uncond is not None else []        # without guidance there is one scale
     evaluation = Evaluation(student, args.images, w, args.seed)
     last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour
-    rows, aim, reference, solution = teacher_rows(evaluation, args.steps, args.sweep, args.fresh)
+    rows, aim, reference, solution = teacher_rows(evaluation, args.steps, sweep, args.fresh)
     for k in (0, *args.refine):
         measured, _ = evaluation.measure(evaluation.one_step(k), "student", reference, solution)
         nfe = 1 + k * (1 if w == 1 else 2)
         rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": nfe} | measured)
     timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
     step, one, decode = map(evaluation.seconds, timed)
+    one_pass = step / (1 if w == 1 else 2)
     for row in rows:
-        passes = row["steps"] * step if row["sampler"] == "ddim" else one + (row["steps"] - 1) * step
+        passes = row["nfe"] * one_pass if row["sampler"] == "ddim" else one + (row["nfe"] - 1) * one_pass
         row["images_per_s"] = 1 / (decode + passes)
         row["drift"] = drift(row, aim)
 

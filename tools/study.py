@@ -31,38 +31,38 @@ from tools.evaluate import Evaluation
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {"steps": 1100, "match-from": 0.6364, "match": 16, "match-lr": 1e-4, "critic-lr": 5e-4, "sample-every": 0}
 LATER = ("steps", "match", "match-from", "match-guidance", "match-until", "critic-lr", "critic-updates")
-# name, options beyond BASE, variant, seeds
+# name, options beyond BASE, variant
 RECIPES = (
-    ("BOOT alone", {"match": 0}, "", (0,)),
-    ("matching after BOOT, kept for every 4th sample", {}, "", (0,)),
-    ("BOOT kept for every sample", {}, "path1", (0,)),
-    ("BOOT dropped", {}, "alone", (0,)),
-    ("weight 1", {"match": 1}, "", (0,)),
-    ("weight 4", {"match": 4}, "", (0,)),
-    ("critic's rate 2e-4", {"critic-lr": 2e-4}, "", (0,)),
-    ("critic's rate 1e-3", {"critic-lr": 1e-3}, "", (0,)),
-    ("no BOOT's loss at the clean end", {}, "noclean", (0,)),
-    ("weight by gradient norms", {"match": 1}, "adaptive", (0,)),
-    ("d of length one", {}, "unit", (0,)),
-    ("SiD's loss", {}, "sid", (0,)),
-    ("hard boundary", {}, "hard", (0,)),
-    ("guidance at all times", {"match-until": 1}, "", (0,)),
-    ("guidance of 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, "", (0,)),
-    ("guidance of w", {"match-guidance": 1}, "", (0,)),
-    ("cleaner times", {}, "times2", (0,)),
-    ("noisier times", {}, "times.5", (0,)),
-    ("2 critic updates", {"critic-updates": 2}, "", (0,)),
-    ("Adam's beta_1 = 0", {}, "beta0", (0,)),
-    ("matching from an early step on", {"match-from": 0.1}, "", (0,)),
-    ("15 target steps", {"num-steps": 15}, "", (0,)),
-    ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, "", (0,)),
+    ("BOOT alone", {"match": 0}, ""),
+    ("matching after BOOT, kept for every 4th sample", {}, ""),
+    ("BOOT kept for every sample", {}, "path1"),
+    ("BOOT dropped", {}, "alone"),
+    ("weight 1", {"match": 1}, ""),
+    ("weight 4", {"match": 4}, ""),
+    ("critic's rate 2e-4", {"critic-lr": 2e-4}, ""),
+    ("critic's rate 1e-3", {"critic-lr": 1e-3}, ""),
+    ("no BOOT's loss at the clean end", {}, "noclean"),
+    ("weight by gradient norms", {"match": 1}, "adaptive"),
+    ("d of length one", {}, "unit"),
+    ("SiD's loss", {}, "sid"),
+    ("hard boundary", {}, "hard"),
+    ("guidance at all times", {"match-until": 1}, ""),
+    ("guidance of 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, ""),
+    ("guidance of w", {"match-guidance": 1}, ""),
+    ("cleaner times", {}, "times2"),
+    ("noisier times", {}, "times.5"),
+    ("2 critic updates", {"critic-updates": 2}, ""),
+    ("Adam's beta_1 = 0", {}, "beta0"),
+    ("matching from an early step on", {"match-from": 0.1}, ""),
+    ("15 target steps", {"num-steps": 15}, ""),
+    ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
 )
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
 
 
 def constant(name, value):
-    """A variant that replaces a constant of train.py."""
+    """A variant that replaces a constant or function of train.py."""
     return lambda: setattr(train, name, value)
 
 
@@ -81,10 +81,8 @@ def betas(beta_1, beta_2):
 
 def times(power):
     """tau of u ** power: more of the clean times for powers above 1."""
-    def patch():
-        lo, hi = (max(1, round(share * 1000)) for share in train.MATCH_TIMES)
-        train.match_time = lambda u, T: (lo + u**power * (hi - lo + 1)).long().clamp(max=hi)
-    return patch
+    uniform = train.match_time
+    return constant("match_time", lambda u, T: uniform(u**power, T))
 
 
 def matching_alone():
@@ -145,12 +143,14 @@ def adaptive_weight():
     def bootstrap_loss(student, *args, **condition):
         seen["last"] = student.network.conv_out.weight
         loss = bootstrap(student, *args, **condition)
-        seen["path"] = 0.95 * seen.get("path", norm(loss)) + 0.05 * norm(loss)
+        size = norm(loss)
+        seen["path"] = 0.95 * seen.get("path", size) + 0.05 * size
         return loss
 
     def matching_loss(*args, **condition):
         loss = matching(*args, **condition)
-        seen["match"] = 0.95 * seen.get("match", norm(loss)) + 0.05 * norm(loss)
+        size = norm(loss)
+        seen["match"] = 0.95 * seen.get("match", size) + 0.05 * size
         return seen["path"] / seen["match"] * loss
     train.bootstrap_loss, train.matching_loss = bootstrap_loss, matching_loss
 
@@ -170,9 +170,7 @@ VARIANTS = {
     "alone": matching_alone,
     "": lambda: None,
     "path1": constant("PATH_EVERY", 1),
-    "beta0": betas(0.0, 0.99), "beta.5": betas(0.5, 0.99),
-    "times2": times(2), "times.5": times(0.5),
-    "wide": constant("MATCH_TIMES", (0.001, 1.0)), "narrow": constant("MATCH_TIMES", (0.02, 0.7)),
+    "beta0": betas(0.0, 0.99), "times2": times(2), "times.5": times(0.5),
 }
 
 
@@ -214,20 +212,22 @@ def flags(options):
 
 def begin(work, folder, options, variant, threads):
     """Give the folder the state in which matching begins, of a recipe that is the same until there, or trained now."""
-    match_from = round(options["match-from"] * options["steps"])
-    until = match_from - 50                                                 # where the critic begins to learn
+    args = train.parse_args(flags(options))
+    match_from = max(round(args.match_from * args.steps), args.warmup)
+    until = match_from - args.warmup                                        # where the critic begins to learn
+    if until == 0:
+        return
     early = variant if variant.startswith("beta") or variant == "hard" else ""
     prefix = work / f"until-{digest({k: v for k, v in options.items() if k not in LATER}, match_from, early)}"
     with LOCKS.setdefault(prefix, threading.Lock()):
-        if not (prefix / train.STATE).exists():
+        if train.saved_step(prefix / train.STATE) != str(until):
             prefix.mkdir(parents=True, exist_ok=True)
             call(prefix, threads, {"until": until, "variant": early}, *flags({**options, "save-every": until}),
                  "--out", prefix)
     with open_tensors(prefix / train.STATE) as file:
         metadata = file.metadata()
     saved = json.loads(metadata["options"])
-    defaults = vars(train.parse_args(flags(options)))
-    saved |= {name: defaults[name] for name in (key.replace("-", "_") for key in LATER)}
+    saved |= {name: getattr(args, name) for name in (key.replace("-", "_") for key in LATER)}
     metadata["options"] = json.dumps(saved)
     tensors = load_file(prefix / train.STATE)
     write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
@@ -235,7 +235,7 @@ def begin(work, folder, options, variant, threads):
 
 def measure(work, recipe, seed, threads):
     """The figures of one recipe and seed: those in its folder, or trained and evaluated now."""
-    name, options, variant, _ = recipe
+    name, options, variant = recipe
     options = {**BASE, **options, "seed": seed}
     folder = work / digest(options, variant)
     result = folder / "evaluation.json"
@@ -256,11 +256,12 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of the names of the rows")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each row (default: 0)")
     p.add_argument("--work", type=Path, default=Path("runs/study"), help="(default: %(default)s)")
     p.add_argument("--jobs", type=int, default=2, help="rows at once (default: %(default)s)")
     args = p.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in recipe[3]]
+    rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in args.seeds]
     print("| recipe | seed | Frechet distance | precision | recall | alignment, seen | held out |")
     print("|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
