@@ -56,6 +56,14 @@ RECIPES = (
     ("matching from an early step on", {"match-from": 0.1}, ""),
     ("15 target steps", {"num-steps": 15}, ""),
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
+    # the first ones, with a bootstrap loss for every sample
+    ("first: critic's rate 1e-3", {"critic-lr": 1e-3}, "path1"),
+    ("first: weight 1", {"match": 1}, "path1"),
+    ("first: weight 1, critic's rate 2e-4", {"match": 1, "critic-lr": 2e-4}, "path1"),
+    ("first: weight 4, critic's rate 2e-4", {"match": 4, "critic-lr": 2e-4}, "path1"),
+    ("first: weight 1, critic's rate 2e-4, guidance of w", {"match": 1, "critic-lr": 2e-4, "match-guidance": 1}, "path1"),
+    ("first: weight 1, critic's rate 2e-4, 1 + 0.5 (w - 1)", {"match": 1, "critic-lr": 2e-4, "match-guidance": 0.5},
+     "path1"),
 )
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
