@@ -61,7 +61,8 @@ RECIPES = (
     ("first: weight 1", {"match": 1}, "path1"),
     ("first: weight 1, critic's rate 2e-4", {"match": 1, "critic-lr": 2e-4}, "path1"),
     ("first: weight 4, critic's rate 2e-4", {"match": 4, "critic-lr": 2e-4}, "path1"),
-    ("first: weight 1, critic's rate 2e-4, guidance of w", {"match": 1, "critic-lr": 2e-4, "match-guidance": 1}, "path1"),
+    ("first: weight 1, critic's rate 2e-4, guidance of w", {"match": 1, "critic-lr": 2e-4, "match-guidance": 1},
+     "path1"),
     ("first: weight 1, critic's rate 2e-4, 1 + 0.5 (w - 1)", {"match": 1, "critic-lr": 2e-4, "match-guidance": 0.5},
      "path1"),
 )
