@@ -1,4 +1,4 @@
-"""Which recipe is best: the embedded student, trained in many ways; one table, one plot.
+"""Which recipe is best: the embedded student, trained in many ways; one table.
 
     python -m tools.study                       what is not there yet, 5 minutes a row; the same command goes on
     python -m tools.study --only path match     the rows whose names begin so
