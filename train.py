@@ -46,7 +46,7 @@ INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
-PATH_EVERY = 4              # once the student is matched, every 4th sample still has a bootstrap loss
+PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
@@ -542,8 +542,7 @@ def train(args, rank, world, local_rank):
         critic_learns = args.match > 0 and step >= critic_from
         matches = step >= match_from and (step + 1) % args.critic_updates == 0
         learning = [*params, *critic_params] if critic_learns else params
-        path_every = PATH_EVERY if step >= match_from else 1
-        num_path = len(range(0, args.batch, path_every))
+        on_path = step < match_from or (step + 1) % PATH_EVERY == 0
 
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
             # draw
@@ -556,18 +555,17 @@ def train(args, rank, world, local_rank):
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
             # losses: L = L_BS + beta * L_BC + match * L_M, each backward on its own: one graph is in memory at a time
-            rows = [row for row, sample in enumerate(samples) if sample % path_every == 0]
-            if rows:
-                weight = (1 - contraction(t[rows], s[rows], schedule)).float() ** args.weight
+            if on_path:
+                weight = (1 - contraction(t, s, schedule)).float() ** args.weight
                 with autocast(device, dtype):
-                    L_BS = bootstrap_loss(student, teacher.denoise, eps[rows], t[rows], s[rows], schedule, args.solver,
-                                          weight, **select(condition, rows))
-                (grad_scale / num_path * L_BS.sum()).backward()
-                bins = schedule.index(t[rows]) * BINS // schedule.T         # (len(rows),): times 1..T to 0..BINS - 1
+                    L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight,
+                                          **condition)
+                (grad_scale / args.batch * L_BS.sum()).backward()
+                bins = schedule.index(t) * BINS // schedule.T               # (B,): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
-                log["count"].index_add_(0, bins, torch.ones_like(w[rows]))
+                log["count"].index_add_(0, bins, torch.ones_like(w))
             rows = [row for row, sample in enumerate(samples) if sample % BOUNDARY_EVERY == 0]
-            if rows and args.boundary_weight:
+            if on_path and rows and args.boundary_weight:
                 with autocast(device, dtype):
                     L_BC = boundary_loss(student, teacher.denoise, eps[rows], schedule, **select(condition, rows))
                 (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
@@ -602,7 +600,7 @@ def train(args, rank, world, local_rank):
                 p.grad.div_(grad_scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         critic_norm = torch.nn.utils.clip_grad_norm_(critic_params, 1.0).item() if critic_learns else 0.0
-        losses = {"bootstrap": log["bootstrap"].sum().item() / num_path, "boundary": log["boundary"].item(),
+        losses = {"bootstrap": log["bootstrap"].sum().item() / args.batch, "boundary": log["boundary"].item(),
                   "matching": log["matching"].item(), "critic": log["critic"].item()}
         if not math.isfinite(norm + critic_norm + sum(losses.values())):
             advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
