@@ -47,6 +47,7 @@ BINS = 4                    # the log has the bootstrap loss of each quarter of 
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
+BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching: there momentum would carry student and critic past each other
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
@@ -248,7 +249,7 @@ def learning_rate(step, args, match_from):
 def new_optimizer(params, lr, device):
     """AdamW whose moments exist from the start, so that resume has tensors to fill."""
     # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
-    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(params, lr, betas=(BETA_1[1], 0.99), weight_decay=0.0, fused=device.type == "cuda")
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0, device=device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -533,7 +534,7 @@ def train(args, rank, world, local_rank):
                mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
         lr = learning_rate(step, args, match_from)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0] |= {"lr": lr, "betas": (BETA_1[step >= match_from], 0.99)}
         for p in (*params, *critic_params):
             p.grad = None
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),

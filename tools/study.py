@@ -38,6 +38,10 @@ RECIPES = (
     ("BOOT dropped", {}, "alone"),
     ("rate 2e-4", {"match-lr": 2e-4}, ""),
     ("rate 2e-4, critic's 1e-3", {"match-lr": 2e-4, "critic-lr": 1e-3}, ""),
+    ("rate 5e-4, critic's 1e-3", {"match-lr": 5e-4, "critic-lr": 1e-3}, ""),
+    ("guidance of w", {"match-guidance": 1}, ""),
+    ("beta_1 = 0.9", {}, "momentum"),
+    ("batch 64", {"batch": 64}, "ref64"),
     ("2 critic updates", {"critic-updates": 2}, ""),
 )
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
@@ -47,19 +51,6 @@ LOCKS = {}
 def constant(name, value):
     """A variant that replaces a constant or function of train.py."""
     return lambda: setattr(train, name, value)
-
-
-def betas(beta_1, beta_2):
-    """Adam's betas, of both networks."""
-    def patch():
-        new = train.new_optimizer
-
-        def new_optimizer(*args):
-            optimizer = new(*args)
-            optimizer.param_groups[0]["betas"] = (beta_1, beta_2)
-            return optimizer
-        train.new_optimizer = new_optimizer
-    return patch
 
 
 def times(power):
@@ -145,7 +136,7 @@ VARIANTS = {
     "sid": constant("matching_loss", sid_loss), "unit": constant("matching_loss", unit_loss),
     "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
     "": lambda: None, "path1": constant("PATH_EVERY", 1), "alone": constant("PATH_EVERY", math.inf),
-    "beta0": betas(0.0, 0.99), "times2": times(2), "times.5": times(0.5),
+    "momentum": constant("BETA_1", (0.9, 0.9)), "times2": times(2), "times.5": times(0.5),
 }
 
 
@@ -192,7 +183,7 @@ def begin(work, folder, options, variant, threads):
     until = match_from - args.warmup                                        # where the critic begins to learn
     if until == 0:
         return
-    early = variant if variant.startswith("beta") or variant == "hard" else ""
+    early = variant if variant == "hard" else ""
     prefix = work / f"until-{digest({k: v for k, v in options.items() if k not in LATER}, match_from, early)}"
     with LOCKS.setdefault(prefix, threading.Lock()):
         if train.saved_step(prefix / train.STATE) != str(until):
