@@ -47,12 +47,12 @@ BINS = 4                    # the log has the bootstrap loss of each quarter of 
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
-BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching: there momentum would carry student and critic past each other
+BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching, where a critic with momentum lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
-    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 1e-6), "critic_lr": (5e-4, 1e-5),
+    "ema": (0.99, 0.9999), "guidance": (3.0, 7.5), "match_lr": (1e-4, 2e-6), "critic_lr": (5e-5, 1e-6),
     "save_every": (100, 500), "sample_every": (100, 1000)}
 RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
@@ -106,12 +106,12 @@ def add_options(parser):
     option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: first "
            "it has to paint something (default: %(default)s)")
     option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}")
-    option("--match-guidance", type=float, default=0.75, help="part of w - 1 that the teacher has in it: less gives "
+    option("--match-guidance", type=float, default=1.0, help="part of w - 1 that the teacher has in it: less gives "
            "more variety, more is truer to the prompt (default: %(default)s)")
     option("--match-until", type=float, default=0.7, help="part of T above which the teacher has no guidance in it; 1 "
            "costs variety (default: %(default)s)")
-    option("--critic-lr", type=float, help="of the critic, which has to follow what the student paints; raise it if "
-           f"the critic's loss rises {either['critic_lr']}")
+    option("--critic-lr", type=float, help="of the critic, which follows what the student paints: higher gives more "
+           f"variety, lower is truer to the prompt {either['critic_lr']}")
     option("--critic-updates", type=int, default=1, help="steps of the critic to one that matches the student; more is "
            "steadier, and slower (default: %(default)s)")
     option = parser.add_argument_group("machine").add_argument
@@ -589,7 +589,7 @@ def train(args, rank, world, local_rank):
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
         for p in learning:
-            if p.grad is None:                              # this process may have had no row of any loss
+            if p.grad is None:                              # a step of the critic alone: the student stays
                 p.grad = torch.zeros_like(p)
         if world > 1:
             for tensor in (*log.values(), *(p.grad for p in learning)):

@@ -271,8 +271,8 @@ def test_the_critic_always_has_a_head_start(call, tmp_path):
     assert last_records(tmp_path / "b")[-1]["matching"] > 0
 
 
-def test_processes_without_a_row_of_a_loss_take_part(tmp_path):
-    """Of samples 2 and 3, in a step that does not match the student, no loss is counted: their process sends zeros."""
+def test_processes_take_part_in_a_step_without_a_loss_of_the_students(tmp_path):
+    """With 2 updates of the critic, step 3 neither matches the student nor has BOOT's losses: all send zeros."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
               "--rdzv-endpoint=127.0.0.1:0"]

@@ -1,18 +1,21 @@
-"""Which recipe is best: the embedded student, trained in many ways; one table.
+"""Which recipe is best: the embedded student, trained in many ways; one table and one plot.
 
     python -m tools.study                       what is not there yet, 5 minutes a row; the same command goes on
     python -m tools.study --only path match     the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
 begins share that part. Results are kept in runs/study by a hash of the recipe; two rows at once, a core each.
+plot.png there has quality against the network evaluations of training: a sample's pass is one, with gradient three.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,29 +23,52 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
 from checkpoint import command, open_tensors, read_json, write_file, write_json
+from model import UNet
 from signal_ode import like, noisy
 from student import load_student
-from tools.evaluate import Evaluation
+from tools.evaluate import STEPS, Evaluation, drift, teacher_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"steps": 1100, "match-from": 0.6364, "match": 16, "match-lr": 1e-4, "critic-lr": 5e-4, "sample-every": 0}
-LATER = ("steps", "match", "match-from", "match-guidance", "match-until", "critic-lr", "critic-updates")
+BASE = {"steps": 1100, "match-from": 0.6364, "sample-every": 0}         # 700 steps of BOOT, 400 of matching
+LATER = ("steps", "match", "match_from", "match_guidance", "match_until", "critic_lr", "critic_updates")
 # name, options beyond BASE, variant
 RECIPES = (
-    ("matching after BOOT, kept in every 5th step", {}, ""),
-    ("BOOT dropped", {}, "alone"),
-    ("rate 2e-4", {"match-lr": 2e-4}, ""),
-    ("rate 2e-4, critic's 1e-3", {"match-lr": 2e-4, "critic-lr": 1e-3}, ""),
-    ("rate 5e-4, critic's 1e-3", {"match-lr": 5e-4, "critic-lr": 1e-3}, ""),
-    ("guidance of w", {"match-guidance": 1}, ""),
-    ("beta_1 = 0.9", {}, "momentum"),
-    ("batch 64", {"batch": 64}, "ref64"),
+    ("BOOT alone", {"match": 0}, ""),
+    ("the defaults", {}, ""),
+    ("BOOT's losses in every step", {}, "path1"),
+    ("BOOT's losses dropped", {}, "alone"),
+    ("no BOOT's loss at the clean end", {}, "noclean"),
+    ("weight 1", {"match": 1}, ""),
+    ("weight 4", {"match": 4}, ""),
+    ("weight by gradient norms", {"match": 1}, "adaptive"),
+    ("d of length one", {}, "unit"),
+    ("critic's rate 2e-5", {"critic-lr": 2e-5}, ""),
+    ("critic's rate 1e-4", {"critic-lr": 1e-4}, ""),
+    ("critic's rate 5e-4", {"critic-lr": 5e-4}, ""),
+    ("both rates halved", {"match-lr": 5e-5, "critic-lr": 2.5e-5}, ""),
+    ("both rates doubled", {"match-lr": 2e-4, "critic-lr": 1e-4}, ""),
     ("2 critic updates", {"critic-updates": 2}, ""),
+    ("5 critic updates", {"critic-updates": 5}, ""),
+    ("Adam's beta_1 = 0.9", {}, "momentum"),
+    ("Adam's beta_1 = 0.9, critic's rate 5e-4", {"critic-lr": 5e-4}, "momentum"),
+    ("guidance 1 + 0.75 (w - 1)", {"match-guidance": 0.75}, ""),
+    ("guidance 1 + 1.5 (w - 1)", {"match-guidance": 1.5}, ""),
+    ("guidance at all times", {"match-until": 1}, ""),
+    ("guidance up to 0.5 T", {"match-until": 0.5}, ""),
+    ("cleaner times", {}, "times2"),
+    ("noisier times", {}, "times.5"),
+    ("SiD's loss", {}, "sid"),
+    ("hard boundary", {}, "hard"),
+    ("matching from an early step on", {"match-from": 0.1}, ""),
+    ("15 target steps", {"num-steps": 15}, ""),
+    ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
 )
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
@@ -145,8 +171,9 @@ def inner(job, args):
     if "evaluate" in job:
         student = load_student(job["evaluate"])
         evaluation = Evaluation(student, 5000, student.pick_guidance(), 0)
-        row, _ = evaluation.measure(evaluation.one_step(), "student")
-        return write_json(Path(job["result"]), row)
+        _, aim, reference, solution = teacher_rows(evaluation, STEPS[-1:], (), fresh=False)
+        row, _ = evaluation.measure(evaluation.one_step(), "student", reference, solution)
+        return write_json(Path(job["result"]), row | {"aim": aim["frechet"], "drift": drift(row, aim)})
     VARIANTS[job.get("variant", "")]()
     if "until" in job:
         save = train.save
@@ -156,16 +183,31 @@ def inner(job, args):
             if step == job["until"]:
                 sys.exit()
         train.save = save_and_stop
-    sys.argv = ["train.py", *args]
-    return command(train.main)
+    sys.argv, passes = ["train.py", *args], Path(job["passes"])
+    with contextlib.ExitStack() as stack:
+        count = read_json(passes) if passes.exists() else {"passes": 0}
+        stack.callback(write_json, passes, count)
+
+        def hook(module, inputs):
+            if isinstance(module, UNet):
+                count["passes"] += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+        register_module_forward_pre_hook(hook)
+        return command(train.main)
 
 
 def call(folder, threads, job, *args):
     """Do a job in a process of its own, whose output goes to the folder's log.txt."""
+    job |= {"passes": str(folder / "passes.json")}
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "log.txt", "a") as log:
         subprocess.run([sys.executable, "-m", "tools.study", "--inner", json.dumps(job), "--", *map(str, args)],
                        check=True, env=env, cwd=ROOT, stdout=log, stderr=log)
+
+
+def settings(options):
+    """What train.py makes of the options, defaults and all."""
+    args = vars(train.parse_args(flags(options)))
+    return {name: str(value) for name, value in args.items() if name not in ("out", "device", "dry_run")}
 
 
 def digest(*what):
@@ -184,7 +226,7 @@ def begin(work, folder, options, variant, threads):
     if until == 0:
         return
     early = variant if variant == "hard" else ""
-    prefix = work / f"until-{digest({k: v for k, v in options.items() if k not in LATER}, match_from, early)}"
+    prefix = work / f"until-{digest({k: v for k, v in settings(options).items() if k not in LATER}, match_from, early)}"
     with LOCKS.setdefault(prefix, threading.Lock()):
         if train.saved_step(prefix / train.STATE) != str(until):
             prefix.mkdir(parents=True, exist_ok=True)
@@ -193,8 +235,9 @@ def begin(work, folder, options, variant, threads):
     with open_tensors(prefix / train.STATE) as file:
         metadata = file.metadata()
     saved = json.loads(metadata["options"])
-    saved |= {name: getattr(args, name) for name in (key.replace("-", "_") for key in LATER)}
+    saved |= {name: getattr(args, name) for name in LATER}
     metadata["options"] = json.dumps(saved)
+    shutil.copy(prefix / "passes.json", folder)
     tensors = load_file(prefix / train.STATE)
     write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
 
@@ -203,7 +246,7 @@ def measure(work, recipe, seed, threads):
     """The figures of one recipe and seed: those in its folder, or trained and evaluated now."""
     name, options, variant = recipe
     options = {**BASE, **options, "seed": seed}
-    folder = work / digest(options, variant)
+    folder = work / digest(settings(options), variant)
     result = folder / "evaluation.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +256,30 @@ def measure(work, recipe, seed, threads):
         call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
         call(folder, threads, {"evaluate": str(folder), "result": str(result)})
         (folder / train.STATE).unlink()
-    return read_json(result)
+    return read_json(result) | read_json(folder / "passes.json")
+
+
+def plot(path, rows):
+    """A PNG: the Frechet distance of each row, by its number, over its network evaluations; the teacher's is a line."""
+    (width, height), margin, font = (960, 640), 56, ImageFont.load_default(16)
+    image = Image.new("RGB", (width, height), "white")
+    drawing = ImageDraw.Draw(image)
+    tops = 1.1 * max(row["passes"] for row in rows), 1.1 * max(row["frechet"] for row in rows)
+
+    def place(passes, frechet):
+        x, y = passes / tops[0], 1 - frechet / tops[1]
+        return margin + x * (width - 2 * margin), margin + y * (height - 2 * margin)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = place(share * tops[0], share * tops[1])
+        drawing.text((x, height - margin + 8), f"{share * tops[0] / 1e6:.2f}", "black", font, anchor="mt")
+        drawing.text((margin - 8, y), f"{share * tops[1]:.0f}", "black", font, anchor="rm")
+        drawing.line((margin, y, width - margin, y), "lightgrey")
+    drawing.text((width / 2, height - 8), "million network evaluations in training", "black", font, anchor="mb")
+    drawing.text((8, 8), "Frechet distance of the student's one step; blue: the teacher's fifty", "black", font)
+    drawing.line((*place(0, rows[0]["aim"]), *place(tops[0], rows[0]["aim"])), "blue")
+    for number, row in enumerate(rows, 1):
+        drawing.text(place(row["passes"], row["frechet"]), str(number), "black", font, anchor="mm")
+    write_file(path, functools.partial(image.save, format="PNG"))
 
 
 def main():
@@ -228,13 +294,16 @@ def main():
     args = p.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in args.seeds]
-    print("| recipe | seed | Frechet distance | precision | recall | alignment, seen | held out |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | recipe | seed | Frechet distance | precision | recall | alignment, seen | held out | evaluations, M |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows)
-        for (recipe, seed), row in zip(rows, results):
-            figures = [f"{row[key]:{form}}" for key, form in COLUMNS]
-            print(f"| {' | '.join([recipe[0], str(seed), *figures])} |", flush=True)
+        results = []
+        for row in pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows):
+            recipe, seed = rows[len(results)]
+            results.append(row)
+            figures = [f"{row[key]:{form}}" for key, form in COLUMNS] + [f"{row['passes'] / 1e6:.2f}"]
+            print(f"| {' | '.join([str(len(results)), recipe[0], str(seed), *figures])} |", flush=True)
+    plot(args.work / "plot.png", results)
     return None
 
 
