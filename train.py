@@ -46,7 +46,7 @@ INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
-PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
+PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses, and the last
 BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching, where a critic with momentum lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
@@ -543,7 +543,7 @@ def train(args, rank, world, local_rank):
         critic_learns = args.match > 0 and step >= critic_from
         matches = step >= match_from and (step + 1) % args.critic_updates == 0
         learning = [*params, *critic_params] if critic_learns else params
-        on_path = step < match_from or (step + 1) % PATH_EVERY == 0
+        on_path = step < match_from or (step + 1) % PATH_EVERY == 0 or step + 1 == args.steps
 
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
             # draw

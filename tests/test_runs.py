@@ -272,11 +272,11 @@ def test_the_critic_always_has_a_head_start(call, tmp_path):
 
 
 def test_processes_take_part_in_a_step_without_a_loss_of_the_students(tmp_path):
-    """With 2 updates of the critic, step 3 neither matches the student nor has BOOT's losses: all send zeros."""
+    """With 2 updates of the critic, step 6 neither matches the student nor has BOOT's losses: all send zeros."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
               "--rdzv-endpoint=127.0.0.1:0"]
-    options = [*SHORT, "--match-from", "0.5", "--critic-updates", 2, "--steps", 6, "--out", tmp_path]
+    options = [*SHORT, "--match-from", "0.5", "--critic-updates", 2, "--steps", 8, "--out", tmp_path]
     done = subprocess.run([*launch, "train.py", *map(str, options)], cwd=ROOT, env=env, capture_output=True, text=True,
                           timeout=200)
     assert done.returncode == 0 and last_records(tmp_path)[-1]["matching"] > 0, done.stderr
