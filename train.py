@@ -247,7 +247,8 @@ def learning_rate(step, args, match_from):
     return args.match_lr * min(1.0, tail)
 
 def new_optimizer(params, lr, device):
-    """AdamW whose moments exist from the start, so that resume has tensors to fill."""
+    """AdamW whose moments exist from the start, so that resume has tensors to fill. The loop sets the student's rate
+    and beta_1 in every step."""
     # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
     optimizer = torch.optim.AdamW(params, lr, betas=(BETA_1[1], 0.99), weight_decay=0.0, fused=device.type == "cuda")
     for p in params:

@@ -1,7 +1,7 @@
 """Which recipe is best: the embedded student, trained in many ways; one table and one plot.
 
     python -m tools.study                       what is not there yet, 5 minutes a row; the same command goes on
-    python -m tools.study --only path match     the rows whose names begin so
+    python -m tools.study --only weight SiD     the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
 begins share that part. Results are kept in runs/study by a hash of the recipe; two rows at once, a core each.
