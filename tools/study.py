@@ -223,7 +223,7 @@ def begin(work, folder, options, variant, threads):
     args = train.parse_args(flags(options))
     match_from = max(round(args.match_from * args.steps), args.warmup)
     until = match_from - args.warmup                                        # where the critic begins to learn
-    if until == 0:
+    if until == 0 or not args.match:
         return
     early = variant if variant == "hard" else ""
     prefix = work / f"until-{digest({k: v for k, v in settings(options).items() if k not in LATER}, match_from, early)}"
@@ -251,7 +251,7 @@ def measure(work, recipe, seed, threads):
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "recipe.json", {"name": name, "options": options, "variant": variant})
-        if options["match"] and not (folder / train.STATE).exists():
+        if not (folder / train.STATE).exists():
             begin(work, folder, options, variant, threads)
         call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
         call(folder, threads, {"evaluate": str(folder), "result": str(result)})
