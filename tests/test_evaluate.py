@@ -2,13 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from checkpoint import TINY
+import train
+from checkpoint import TINY, write_file, write_json
 from student import load_student, new_student
 from teacher import load_teacher
+from tools import study
 from tools.evaluate import STEPS, SWEEP, Evaluation, combinations, drift, precision_recall, teacher_rows
 from tools.judge import frechet, moments, prompt
 
@@ -124,3 +129,25 @@ def test_stored_rows_are_this_teachers_and_meet_the_promise():
     assert [row["steps"] for row in rows] == [*STEPS, STEPS[-1]] and solution.shape == (512, 4, 8, 8)
     assert best["align_seen"] >= 0.9 and best["align_heldout"] >= 0.8
     assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))    # more steps, better pictures
+
+
+def test_the_studys_rows_share_what_comes_before_matching(tmp_path, monkeypatch):
+    """Train.py takes every row, and no two are the same; each is measured once, and each prefix trained once."""
+    calls = []
+
+    def call(folder, threads, job, *args):
+        calls.append("evaluate" if "evaluate" in job else "prefix" if "until" in job else "train")
+        if "evaluate" in job:
+            return write_json(Path(job["result"]), {"frechet": 30.0 + len(calls), "aim": 28.9})
+        options = vars(train.parse_args(list(map(str, args))))
+        metadata = {"step": str(job.get("until", options["steps"])), "options": json.dumps(options, default=str)}
+        write_file(folder / train.STATE, lambda path: save_file({"x": torch.zeros(1)}, path, metadata))
+        return write_json(folder / "passes.json", {"passes": 1000 * len(calls)})
+    monkeypatch.setattr(study, "call", call)
+    rows = [study.measure(tmp_path, recipe, 0, 1) for recipe in study.RECIPES]
+    assert len({row["frechet"] for row in rows}) == len(rows) == calls.count("train") == calls.count("evaluate")
+    assert all(variant in study.VARIANTS for *_, variant in study.RECIPES)
+    assert calls.count("prefix") < len(rows) / 3
+    assert study.measure(tmp_path, study.RECIPES[0], 0, 1) == rows[0] and calls.count("train") == len(rows)
+    study.plot(tmp_path / "plot.png", rows)
+    assert Image.open(tmp_path / "plot.png").convert("L").getextrema()[0] < 100
