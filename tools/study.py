@@ -264,21 +264,24 @@ def plot(path, rows):
     (width, height), margin, font = (960, 640), 56, ImageFont.load_default(16)
     image = Image.new("RGB", (width, height), "white")
     drawing = ImageDraw.Draw(image)
-    tops = 1.1 * max(row["passes"] for row in rows), 1.1 * max(row["frechet"] for row in rows)
+    aim = rows[0]["aim"]
+    xs, ys = [row["passes"] / 1e6 for row in rows], [row["frechet"] for row in rows]
+    (left, right), (low, high) = ((min(v) - 0.02 * max(v), 1.02 * max(v)) for v in (xs, [*ys, aim]))
 
-    def place(passes, frechet):
-        x, y = passes / tops[0], 1 - frechet / tops[1]
-        return margin + x * (width - 2 * margin), margin + y * (height - 2 * margin)
+    def place(x, y):
+        return (margin + (x - left) / (right - left) * (width - 2 * margin),
+                margin + (high - y) / (high - low) * (height - 2 * margin))
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(share * tops[0], share * tops[1])
-        drawing.text((x, height - margin + 8), f"{share * tops[0] / 1e6:.2f}", "black", font, anchor="mt")
-        drawing.text((margin - 8, y), f"{share * tops[1]:.0f}", "black", font, anchor="rm")
+        value = left + share * (right - left), low + share * (high - low)
+        x, y = place(*value)
         drawing.line((margin, y, width - margin, y), "lightgrey")
+        drawing.text((x, height - margin + 8), f"{value[0]:.2f}", "black", font, anchor="mt")
+        drawing.text((margin - 8, y), f"{value[1]:.1f}", "black", font, anchor="rm")
     drawing.text((width / 2, height - 8), "million network evaluations in training", "black", font, anchor="mb")
     drawing.text((8, 8), "Frechet distance of the student's one step; blue: the teacher's fifty", "black", font)
-    drawing.line((*place(0, rows[0]["aim"]), *place(tops[0], rows[0]["aim"])), "blue")
-    for number, row in enumerate(rows, 1):
-        drawing.text(place(row["passes"], row["frechet"]), str(number), "black", font, anchor="mm")
+    drawing.line((*place(left, aim), *place(right, aim)), "blue")
+    for number, (x, y) in enumerate(zip(xs, ys), 1):
+        drawing.text(place(x, y), str(number), "black", font, anchor="mm")
     write_file(path, functools.partial(image.save, format="PNG"))
 
 
