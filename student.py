@@ -16,6 +16,8 @@ from model import Number, UNet, target_slot
 from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
 
+REFINE_GRID = 5         # the teacher refines from T / 5 on: from later noise its few steps blur, and from less do little
+
 class Student:
     """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
     input_time: the fixed time i at which it reads its noise. guidance: the scale w that is built in, or a range
@@ -36,12 +38,10 @@ class Student:
         return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
 
     def refine(self, eps, steps, w=None, **condition):
-        """The picture (B, C, h, w) on the trailing grid of steps + 1: the student makes the first, from noise to y_t,
-        and the teacher the others, Euler's. With 0 steps it is the student's own. w: of both, needed where steps > 0.
-        """
-        grid = self.teacher.schedule.grid(steps + 1)[1:]
-        y_t = self(eps, grid[0], w=w, **condition)
-        return self.teacher.solve(eps, grid, space="y", start=y_t, w=w, **condition)
+        """The picture (B, C, h, w) after so many steps of the teacher, the last of REFINE_GRID times as many, on the
+        trajectory of eps, where the student's picture is y_t. With 0 it is that. w: of both, needed where steps > 0."""
+        grid = self.teacher.schedule.grid(max(1, REFINE_GRID * steps))[-1 - steps:]
+        return self.teacher.solve(eps, grid, space="y", start=self(eps, 0, w=w, **condition), w=w, **condition)
 
     def output(self, x_i, i, t, **condition):
         """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""

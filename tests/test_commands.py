@@ -268,8 +268,8 @@ def bad(tmp_path):
     ("train --match-from 1", "--match-from 1.0 is not supported: 0 to 0.99"),
     ("sample --prompt x --refine -1", "--refine -1 is not supported"),
     ("tools.evaluate --images 5", "--images 5 is too few"),
-    ("tools.evaluate --refine 0", "--refine 0 is not supported: 1 to 500"),
-    ("tools.evaluate --refine 1000", "--refine 1000 is not supported: 1 to 500"),
+    ("tools.evaluate --refine 0", "--refine 0 is not supported: 1 to 200"),
+    ("tools.evaluate --refine 1000", "--refine 1000 is not supported: 1 to 200"),
     ("tools.train_tiny --data {bad} --out {bad}/t --work {bad}/w", "apt-get install dataset-fashion-mnist")])
 def test_bad_input_is_one_sentence_and_exit_code_2(call, bad, command, message):
     name, *options = command.format(bad=bad).split()

@@ -1,7 +1,7 @@
 """Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
 
     python -m tools.evaluate --student runs/tiny                    5,000 images, half a minute
-    python -m tools.evaluate --student runs/tiny --refine 1 2 4     and handed to so many steps of the teacher
+    python -m tools.evaluate --student runs/tiny --refine 1 2 4     and refined by so many steps of the teacher
     python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again too, half an hour
     python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
-from student import load_student
+from student import REFINE_GRID, load_student
 from teacher import image_grid, noise, pick_device, to_pil
 from tools.judge import frechet, load_judge, moments, prompt
 
@@ -101,7 +101,7 @@ class Evaluation:
                                  w=self.w if w is None else w)
 
     def one_step(self, refine=0):
-        """The student, handed to so many steps of the teacher, as a sampler."""
+        """The student, refined by so many steps of the teacher, as a sampler."""
         return functools.partial(self.student.refine, steps=refine, w=self.w)
 
     def solution(self):
@@ -275,7 +275,7 @@ def parse_args():
                    help=f"scales of which the teacher's best in {SWEEP_STEPS} steps has a row in {STEPS[-1]}; one is "
                         "taken as it is, none skips the row (default: %(default)s)")
     p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
-                   help="rows of the student handed to so many steps of the teacher")
+                   help="rows of the student refined by so many steps of the teacher")
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
@@ -293,8 +293,8 @@ def main():
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     for k in args.refine:
-        if not 0 < k <= teacher.schedule.T // 2:
-            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // 2}")
+        if not 0 < k <= teacher.schedule.T // REFINE_GRID:
+            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // REFINE_GRID}")
     sweep = args.sweep if teacher.uncond is not None else []        # without guidance there is one scale
     evaluation = Evaluation(student, args.images, w, args.seed)
     last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour

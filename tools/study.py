@@ -69,6 +69,7 @@ RECIPES = (
     ("matching from an early step on", {"match-from": 0.1}, ""),
     ("15 target steps", {"num-steps": 15}, ""),
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
+    ("ten times the default length", {"steps": 13000, "match-from": 0.45, "save-every": 650}, "watched"),
 )
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
@@ -158,9 +159,20 @@ def no_clean_end():
     train.bootstrap_loss = bootstrap_loss
 
 
+def watched():
+    """Every checkpoint is measured, to see whether a long run collapses."""
+    save = train.save
+
+    def save_and_measure(out, student, state, step, options):
+        save(out, student, state, step, options)
+        call(out, torch.get_num_threads(), {"evaluate": str(out), "result": str(out / f"step_{step}.json")})
+    train.save = save_and_measure
+
+
 VARIANTS = {
     "sid": constant("matching_loss", sid_loss), "unit": constant("matching_loss", unit_loss),
     "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
+    "watched": watched,
     "": lambda: None, "path1": constant("PATH_EVERY", 1), "alone": constant("PATH_EVERY", math.inf),
     "momentum": constant("BETA_1", (0.9, 0.9)), "times2": times(2), "times.5": times(0.5),
 }
@@ -256,7 +268,12 @@ def measure(work, recipe, seed, threads):
         call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
         call(folder, threads, {"evaluate": str(folder), "result": str(result)})
         (folder / train.STATE).unlink()
-    return read_json(result) | read_json(folder / "passes.json")
+    checkpoints = {path.stem: read_json(path) for path in folder.glob("step_*.json")}
+    return read_json(result) | read_json(folder / "passes.json") | {"checkpoints": checkpoints}
+
+
+def texts(row):
+    return [f"{row[key]:{form}}" for key, form in COLUMNS]
 
 
 def plot(path, rows):
@@ -302,10 +319,12 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         results = []
         for row in pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows):
-            recipe, seed = rows[len(results)]
+            (name, *_), seed = rows[len(results)]
             results.append(row)
-            figures = [f"{row[key]:{form}}" for key, form in COLUMNS] + [f"{row['passes'] / 1e6:.2f}"]
-            print(f"| {' | '.join([str(len(results)), recipe[0], str(seed), *figures])} |", flush=True)
+            for step, figures in sorted(row["checkpoints"].items(), key=lambda item: int(item[0].split("_")[1])):
+                print(f"| | {name}, {step} | {seed} | {' | '.join(texts(figures))} | |")
+            passes = f"{row['passes'] / 1e6:.2f}"
+            print(f"| {len(results)} | {name} | {seed} | {' | '.join(texts(row))} | {passes} |", flush=True)
     plot(args.work / "plot.png", results)
     return None
 
