@@ -28,7 +28,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
         x_tau = noisy(x, n, tau, schedule)
         f = teacher(x_tau, tau, **condition)
         d = critic(x_tau, tau, **condition) - f
-        target = x - d / like((x - f).abs().flatten(1).mean(1), x)
+        target = x - d / like((x - f).abs().flatten(1).mean(1).clamp(min=1e-6), x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
 
 def critic_loss(x, critic, n, tau, schedule, **condition):
@@ -41,7 +41,7 @@ def critic_loss(x, critic, n, tau, schedule, **condition):
 
 def limited_guidance(denoise, x_t, t, share, until, w=1.0, **condition):
     """f(x_t, t) of a denoiser with less guidance than w, 1 + share * (w - 1), up to the time `until`, and with none at
-    noisier ones, where it costs variety (Kynkaanniemi et al. 2024, 2404.07724). w: (B,), or 1.0 for none at all."""
-    if torch.is_tensor(w):
+    noisier ones, where it costs variety (Kynkaanniemi et al. 2024, 2404.07724). t: (B,). w: (B,) or a number."""
+    if torch.is_tensor(w) or w != 1:                        # a number 1 needs no unconditional pass
         w = torch.where(t <= until, 1 + share * (w - 1), 1.0)
     return denoise(x_t, t, w=w, **condition)

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from checkpoint import TINY, BadInput, command, write_file
-from student import REFINE_GRID, load_student
+from student import REFINE_FROM, load_student
 from teacher import PRECISION, image_grid, noise, pick_device, read_prompts, readable, to_pil
 
 def parse_args():
@@ -29,8 +29,8 @@ def parse_args():
     option("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the first image; image N has seed + N, in any batch (default: 0)")
     option("--guidance", type=float, help="w, for a student trained on a range (default: its middle); 1 is no guidance")
-    option("--refine", type=int, default=0, metavar="STEPS", help="the student's picture goes through the last so "
-           "many of five times as many steps of the teacher: more detail for more time (default: %(default)s)")
+    option("--refine", type=int, default=0, metavar="STEPS", help="steps of the teacher after the student's, from time "
+           "T / 5 on: more detail, at two passes a step (default: %(default)s)")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
     option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, of which those of the same "
            "seeds are replaced, or the name.png of a single picture or sheet (default: %(default)s)")
@@ -51,7 +51,7 @@ def check(args, prompts, teacher):
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
                                      ("--seed", args.seed, 0, 2**62),
-                                     ("--refine", args.refine, 0, teacher.schedule.T // REFINE_GRID),
+                                     ("--refine", args.refine, 0, teacher.schedule.T // REFINE_FROM),
                                      *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")

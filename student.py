@@ -16,7 +16,7 @@ from model import Number, UNet, target_slot
 from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
 
-REFINE_GRID = 5         # the teacher refines from T / 5 on: from later noise its few steps blur, and from less do little
+REFINE_FROM = 5         # the teacher refines from time T / 5 on: found by trial
 
 class Student:
     """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
@@ -38,10 +38,13 @@ class Student:
         return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
 
     def refine(self, eps, steps, w=None, **condition):
-        """The picture (B, C, h, w) after so many steps of the teacher, the last of REFINE_GRID times as many, on the
-        trajectory of eps, where the student's picture is y_t. With 0 it is that. w: of both, needed where steps > 0."""
-        grid = self.teacher.schedule.grid(max(1, REFINE_GRID * steps))[-1 - steps:]
-        return self.teacher.solve(eps, grid, space="y", start=self(eps, 0, w=w, **condition), w=w, **condition)
+        """The picture g(eps, 0), (B, C, h, w), with its own eps noised again to time T / 5, and brought back by so many
+        of the teacher's steps, Euler's, on the trajectory of eps. w: of both, needed where steps > 0."""
+        x = self(eps, 0, w=w, **condition)
+        if steps == 0:
+            return x
+        grid = self.teacher.schedule.grid(REFINE_FROM * steps)[-1 - steps:]         # its last part, from T / 5 to 0
+        return self.teacher.solve(eps, grid, space="y", start=x, w=w, **condition)
 
     def output(self, x_i, i, t, **condition):
         """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""

@@ -43,10 +43,11 @@ from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
+MATCH_NOISE = 3.33          # guidance limited to where sigma / alpha is less, if --match-until does not say otherwise
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
-PATH_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses, and the last
+PATH_EVERY = 5              # of the student's steps, once it is matched, every 5th still has BOOT's losses
 BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching, where a critic with momentum lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
@@ -58,7 +59,7 @@ RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
     "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 0.99), "match_guidance": (0, math.inf),
-    "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
+    "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
     "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
 def default(name, teacher):
@@ -101,15 +102,16 @@ def add_options(parser):
            "measures errors in units of the clean image; 2 of the signal, for the clean end (default: %(default)s)")
     option("--boundary-weight", type=float, default=0.1, help="beta; 0 leaves the noise end loose (default: 0.1)")
     option = parser.add_argument_group("matching the teacher's distribution, which is not in the paper").add_argument
-    option("--match", type=float, default=16.0, help="weight of the matching loss, for pictures as sharp and varied as "
-           "the teacher's; 0 is the paper alone, and spares the critic, 16 bytes a parameter (default: %(default)s)")
+    option("--match", type=float, default=16.0, help="weight of the matching loss beside BOOT's, in steps that have "
+           "both: for pictures as sharp and varied as the teacher's; 0 is the paper alone, and spares the critic, 16 "
+           "bytes a parameter (default: %(default)s)")
     option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: first "
            "it has to paint something (default: %(default)s)")
-    option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}")
+    option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}; --lr, where that is less")
     option("--match-guidance", type=float, default=0.75, help="part of w - 1 that the teacher has in it: less gives "
            "more variety, more is truer to the prompt (default: %(default)s)")
-    option("--match-until", type=float, default=0.7, help="part of T above which the teacher has no guidance in it; 1 "
-           "costs variety (default: %(default)s)")
+    option("--match-until", type=int, help="time above which the teacher has no guidance in it, 0..T; T costs variety "
+           f"(default: where the noise is {MATCH_NOISE} times the signal, 700 of Stable Diffusion's, 494 of DDPM's)")
     option("--critic-lr", type=float, help="of the critic, which follows what the student paints: higher gives more "
            f"variety, lower is truer to the prompt {either['critic_lr']}")
     option("--critic-updates", type=int, default=1, help="steps of the critic to one that matches the student; more is "
@@ -141,6 +143,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.negative_prompt = readable(args.negative_prompt)
     args.out = args.out or Path("runs") / last_name(args.teacher)
+    if args.match_lr is None and args.lr is not None:
+        args.match_lr = min(args.lr, default("match_lr", args.teacher))
     for name in set(DEFAULTS) - {"micro_batch", "guidance"}:        # split_batch and settle choose those two
         if getattr(args, name) is None:
             setattr(args, name, default(name, args.teacher))
@@ -195,16 +199,19 @@ def settle(args, teacher):
     """Fill in the options whose default depends on the teacher, and check those whose limits do. Raises BadInput."""
     teacher.set_negative_prompt(args.negative_prompt)       # first: it may be what makes guidance possible
     T, schedule = teacher.schedule.T, teacher.schedule
+    lam = schedule.lam(torch.arange(1, T))                  # log(sigma / alpha), increasing
     if args.input_time is None:
-        quieter = (schedule.lam(torch.arange(1, T)) < math.log(INPUT_NOISE)).sum().item()
-        args.input_time = quieter + 1 if schedule.prediction == "epsilon" else T
+        args.input_time = (lam < math.log(INPUT_NOISE)).sum().item() + 1 if schedule.prediction == "epsilon" else T
+    if args.match_until is None:
+        args.match_until = (lam < math.log(MATCH_NOISE)).sum().item()
     if args.guidance is None:
         args.guidance = 1.0 if teacher.uncond is None else default("guidance", args.teacher)
     if args.guidance == 1 and args.negative_prompt:
         warnings.warn("--negative-prompt has no effect with --guidance 1, which is no guidance", stacklevel=2)
-    for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
-        if not 1 <= value <= T:
-            raise BadInput(f"{name} {value} is not supported: 1 to {T}")
+    for name, value, low in (("--input-time", args.input_time, 1), ("--num-steps", args.num_steps, 1),
+                             ("--match-until", args.match_until, 0)):
+        if not low <= value <= T:
+            raise BadInput(f"{name} {value} is not supported: {low} to {T}")
 
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
@@ -247,7 +254,7 @@ def learning_rate(step, args, match_from):
     return args.match_lr * min(1.0, tail)
 
 def new_optimizer(params, lr, device):
-    """AdamW whose moments exist from the start, so that resume has tensors to fill. The loop sets the student's rate
+    """AdamW whose state exists from the start, so that resume has tensors to fill. The loop sets the student's rate
     and beta_1 in every step."""
     # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
     optimizer = torch.optim.AdamW(params, lr, betas=(BETA_1[1], 0.99), weight_decay=0.0, fused=device.type == "cuda")
@@ -257,12 +264,12 @@ def new_optimizer(params, lr, device):
     return optimizer
 
 def training_state(network, optimizer, prefix=""):
-    """All tensors of a network that resume needs, by name: weights, Adam's moments. Random numbers need none: see
-    draw."""
+    """All tensors of a network that resume needs, by name: weights, Adam's state. Random numbers need none: see draw.
+    """
     state = {}
     for name, p in network.named_parameters():
         state[f"{prefix}network.{name}"] = p.detach()
-        state |= {f"{prefix}{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+        state |= {f"{prefix}{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
     return state
 
 @contextlib.contextmanager
@@ -476,15 +483,14 @@ def train(args, rank, world, local_rank):
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
         limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
-                                    until=args.match_until * schedule.T)
+                                    until=args.match_until)
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, optimizer)
     if args.ema:
         state |= {f"ema.{name}": p for name, p in averaged.network.named_parameters()}
-    match_from = torch.tensor(float(args.steps + args.warmup), device=device)           # the first step of matching
     if args.match:
-        state |= training_state(critic.network, critic_optimizer, "critic_") | {"match_from": match_from}
+        state |= training_state(critic.network, critic_optimizer, "critic_")
     step = torch.zeros((), dtype=torch.int64, device=device)
     if rank == 0:
         step.fill_(resume(args.out / STATE, state))
@@ -492,20 +498,22 @@ def train(args, rank, world, local_rank):
         for tensor in (step, *state.values()):
             dist.broadcast(tensor, 0)
     start = done = step.item()
-    if args.match and start <= match_from - args.warmup:    # with other --steps it moves, until the critic has begun
-        match_from.fill_(max(round(args.match_from * args.steps), start + args.warmup))
-    match_from = int(match_from) if args.match else args.steps
-    critic_from = match_from - args.warmup                  # a head start: it is the unguided teacher at first
-    for p in params:
-        optimizer.state[p]["step"].fill_(start)
-    for p in critic_params:
-        critic_optimizer.state[p]["step"].fill_(max(0, start - critic_from))
+    critic_from = match_from = args.steps                   # the critic has a head start of --warmup steps
+    if args.match:
+        critic_steps = int(critic_optimizer.state[critic_params[0]]["step"])
+        critic_from = start - critic_steps                  # where it began, whatever --steps is now, or will begin:
+        if critic_steps == 0:
+            critic_from = max(round(args.match_from * args.steps) - args.warmup, start)
+        match_from = critic_from + args.warmup
+        if match_from >= args.steps and rank == 0:
+            warnings.warn(f"{args.steps} steps end before the student is matched, from step {match_from} on: give more "
+                          "--steps or less --warmup, or --match 0 for BOOT alone", stacklevel=2)
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
         held = sum(t.nbytes for t in (*state.values(), *params, *critic_params))            # with as many gradients
         held += sum(p.nbytes for part in frozen for p in part.parameters())
-        matched = f", matched from step {match_from} on with a critic of as many" if args.match else ""
+        matched = f", matched from step {match_from} on with a critic of as many" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
@@ -541,10 +549,10 @@ def train(args, rank, world, local_rank):
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),
                "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device),
                "matching": torch.zeros((), device=device), "critic": torch.zeros((), device=device)}
-        critic_learns = args.match > 0 and step >= critic_from
+        critic_learns = step >= critic_from
         matches = step >= match_from and (step + 1) % args.critic_updates == 0
-        learning = [*params, *critic_params] if critic_learns else params
-        on_path = step < match_from or (step + 1) % PATH_EVERY == 0 or step + 1 == args.steps
+        on_path = step < match_from or (matches and (step + 1) // args.critic_updates % PATH_EVERY == 0)
+        student_learns = on_path or matches                 # or else it is a step of the critic alone
 
         for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
             # draw
@@ -577,6 +585,8 @@ def train(args, rank, world, local_rank):
             if critic_learns:
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
+                    if teacher.clip is not None:            # as it is painted; the gradient passes
+                        x = x + (x.clamp(-teacher.clip, teacher.clip) - x).detach()
             if matches:
                 with autocast(device, dtype):
                     L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
@@ -589,9 +599,7 @@ def train(args, rank, world, local_rank):
                 log["critic"] += L_C.detach().sum() / args.batch
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
-        for p in learning:
-            if p.grad is None:                              # a step of the critic alone: the student stays
-                p.grad = torch.zeros_like(p)
+        learning = [*(params if student_learns else ()), *(critic_params if critic_learns else ())]
         if world > 1:
             for tensor in (*log.values(), *(p.grad for p in learning)):
                 dist.all_reduce(tensor)
@@ -600,25 +608,33 @@ def train(args, rank, world, local_rank):
         if grad_scale != 1:
             for p in learning:
                 p.grad.div_(grad_scale)
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        critic_norm = torch.nn.utils.clip_grad_norm_(critic_params, 1.0).item() if critic_learns else 0.0
-        losses = {"bootstrap": log["bootstrap"].sum().item() / args.batch, "boundary": log["boundary"].item(),
-                  "matching": log["matching"].item(), "critic": log["critic"].item()}
-        if not math.isfinite(norm + critic_norm + sum(losses.values())):
+        losses, norms = {}, {}                              # those that this step has
+        if on_path:
+            losses |= {"bootstrap": log["bootstrap"].sum().item() / args.batch, "boundary": log["boundary"].item()}
+        if matches:
+            losses["matching"] = log["matching"].item()
+        if student_learns:
+            norms["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        if critic_learns:
+            losses["critic"] = log["critic"].item()
+            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic_params, 1.0).item()
+        if broken := [name for name, value in (losses | norms).items() if not math.isfinite(value)]:
             advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
             advice += " or fp32, in another --out"
             if step == 0:
                 advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
                 advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
-            raise BadInput(f"the loss is not finite at step {step} (times {t[:16].tolist()}, guidance "
-                           f"{[round(v, 2) for v in w[:16].tolist()]}, ...); {advice}")
-        optimizer.step()
+            drawn = (f"{name} {[round(v, 2) for v in values[:16].tolist()]}, ..." for name, values in
+                     (("times", t), ("matching times", tau), ("guidance", w)))
+            raise BadInput(f"{' and '.join(broken)} not finite at step {step} ({'; '.join(drawn)}); {advice}")
+        if student_learns:
+            optimizer.step()
         if critic_learns:
             critic_optimizer.step()
         done = step + 1
 
         # average
-        if args.ema:
+        if args.ema and student_learns:
             ema_decay = min(args.ema, done / (done + 9))    # shorter memory at first, to forget the untrained weights
             for average, p in zip(averaged.network.parameters(), params):
                 average.lerp_(p.detach(), 1 - ema_decay)
@@ -627,9 +643,9 @@ def train(args, rank, world, local_rank):
         last = done == args.steps
         stopping = log["stop"].item() > 0
         if rank == 0 and (done % 10 == 0 or last):
-            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items() if value})
+            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
-            line = {"step": done, **losses, "lr": lr, "grad_norm": norm, "seconds": round(time.time() - began, 1),
+            line = {"step": done, **losses, **norms, "lr": lr, "seconds": round(time.time() - began, 1),
                     "bootstrap_by_time": by_time}
             with open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")

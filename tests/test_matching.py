@@ -99,3 +99,4 @@ def test_guidance_is_limited_to_the_less_noisy_times():
     guided, label = limited_guidance(told, None, tau, 0.75, 700, w=w, label=2)
     assert guided.tolist() == [2.5, 1.0, 5.5, 1.0, 1.0] and label == 2
     assert limited_guidance(told, None, tau, 0.75, 700, label=2) == (1.0, 2)    # spares the unconditional pass
+    assert limited_guidance(told, None, tau, 0.75, 700, w=3.0, label=2)[0].tolist() == [2.5, 1.0, 2.5, 1.0, 2.5]

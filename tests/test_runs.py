@@ -259,27 +259,51 @@ def test_other_steps_move_the_start_of_matching_until_the_critic_has_begun(call,
     for steps, step, expected in ((40, 12, 18), (20, 13, 14), (100, 15, 14)):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
-            call("train", *options, "--steps", steps)
-        assert load_file(tmp_path / train.STATE)["match_from"] == expected, steps
+            _, plan, _ = call("train", *options, "--steps", steps)
+        assert f"matched from step {expected} on" in plan, steps
 
 
 def test_the_critic_always_has_a_head_start(call, tmp_path):
-    assert call("train", *SHORT, "--match-from", 0, "--steps", 2, "--out", tmp_path / "a")[0] == 0
+    code, plan, stderr = call("train", *SHORT, "--match-from", 0, "--steps", 2, "--out", tmp_path / "a")
+    assert code == 0 and "matched" not in plan and "2 steps end before the student is matched, from step 2 on" in stderr
     [line] = last_records(tmp_path / "a")
-    assert line["critic"] > 0 and line["matching"] == 0
-    assert call("train", *SHORT, "--match-from", 0, "--steps", 3, "--out", tmp_path / "b")[0] == 0
-    assert last_records(tmp_path / "b")[-1]["matching"] > 0
+    assert line["critic"] > 0 and "matching" not in line
+    code, plan, _ = call("train", *SHORT, "--match-from", 0, "--steps", 3, "--out", tmp_path / "b")
+    assert code == 0 and "matched from step 2 on" in plan and last_records(tmp_path / "b")[-1]["matching"] > 0
 
 
-def test_processes_take_part_in_a_step_without_a_loss_of_the_students(tmp_path):
-    """With 2 updates of the critic, step 6 neither matches the student nor has BOOT's losses: all send zeros."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("options", [["--critic-updates", 2], ["--guidance", "1:6"]])
+def test_resume_and_two_processes_are_the_same_run(call, tmp_path, monkeypatch, options):
+    """Also where a step is the critic's alone, and where it is told the scale."""
+    options = [*SHORT, "--match-from", "0.5", "--steps", 8, "--save-every", 1, *options]
+    assert call("train", *options, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        call("train", *options, "--out", tmp_path / "parts")
+    assert call("train", *options, "--out", tmp_path / "parts")[0] == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
               "--rdzv-endpoint=127.0.0.1:0"]
-    options = [*SHORT, "--match-from", "0.5", "--critic-updates", 2, "--steps", 8, "--out", tmp_path]
-    done = subprocess.run([*launch, "train.py", *map(str, options)], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == 0 and last_records(tmp_path)[-1]["matching"] > 0, done.stderr
+    done = subprocess.run([*launch, "train.py", *map(str, options), "--out", tmp_path / "two"], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    whole, parts, two = (load_file(tmp_path / name / train.STATE) for name in ("whole", "parts", "two"))
+    assert all(whole[name].equal(parts[name]) for name in whole)
+    assert all(torch.allclose(whole[name], two[name], atol=1e-4) for name in whole if "network" in name)
+
+
+def test_a_step_of_the_critic_alone_leaves_the_student(call, tmp_path, monkeypatch):
+    """With 3 updates of the critic, of the steps 4 to 8 only the sixth matches the student."""
+    states, save = {}, train.save
+    monkeypatch.setattr(train, "save", lambda out, student, state, step, options: states.update(
+        {step: {name: tensor.clone() for name, tensor in state.items()}}) or save(out, student, state, step, options))
+    options = ["--match-from", "0.5", "--critic-updates", 3, "--warmup", 1, "--steps", 8, "--save-every", 1]
+    assert call("train", *SHORT, *options, "--out", tmp_path)[0] == 0
+    for step in range(2, 9):
+        old, new = states[step - 1], states[step]
+        moved = {name for name in new if not new[name].equal(old[name])}
+        assert any(name.startswith("network") for name in moved) == (step <= 4 or step == 6), step
+        assert any(name.startswith("critic_network") for name in moved) == (step >= 4), step
+        assert any(name.startswith("ema") for name in moved) == (step <= 4 or step == 6), step
 
 
 def test_a_negative_prompt_that_is_not_utf8_is_readable_everywhere(run, tmp_path):

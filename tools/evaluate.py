@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
-from student import REFINE_GRID, load_student
+from student import REFINE_FROM, load_student
 from teacher import image_grid, noise, pick_device, to_pil
 from tools.judge import frechet, load_judge, moments, prompt
 
@@ -130,7 +130,7 @@ class Evaluation:
         for part in parts:
             images = self.teacher.decode(latents[part], self.seeds[part])
             features.append(self.judge(images))
-            channels.append(torch.stack([images, images.square()]).double().mean((1, 3, 4)).cpu())      # (2, 3)
+            channels.append(torch.stack([images, images.square()]).double().mean((3, 4)).cpu())        # (2, B, 3)
         features = torch.cat(features)
         answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
         right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
@@ -146,7 +146,7 @@ class Evaluation:
             row[f"align_{which}"] = right[mask].all(1).float().mean().item()
             row |= {f"{attribute}_{which}": value for attribute, value in
                     zip(("garment", "colour", "background"), right[mask].float().mean(0).tolist())}
-        mean, square = torch.stack(channels).mean(0)
+        mean, square = torch.cat(channels, 1).mean(1)
         row |= {"channel_mean": mean.tolist(), "channel_std": (square - mean**2).sqrt().tolist(), "rmse": None}
         if solution is not None:
             row["rmse"] = (latents[:len(solution)].cpu() - solution).square().mean().sqrt().item()
@@ -293,8 +293,8 @@ def main():
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
     for k in args.refine:
-        if not 0 < k <= teacher.schedule.T // REFINE_GRID:
-            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // REFINE_GRID}")
+        if not 0 < k <= teacher.schedule.T // REFINE_FROM:
+            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // REFINE_FROM}")
     sweep = args.sweep if teacher.uncond is not None else []        # without guidance there is one scale
     evaluation = Evaluation(student, args.images, w, args.seed)
     last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour

@@ -1,6 +1,7 @@
 """Which recipe is best: the embedded student, trained in many ways; one table and one plot.
 
-    python -m tools.study                       what is not there yet, 5 minutes a row; the same command goes on
+    python -m tools.study                       what is not there yet, 5 minutes a row, the last one two hours; the same
+                                                command goes on
     python -m tools.study --only weight SiD     the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
@@ -29,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import command, open_tensors, read_json, write_file, write_json
+from checkpoint import BadInput, command, open_tensors, read_json, write_file, write_json
 from model import UNet
 from signal_ode import like, noisy
 from student import load_student
@@ -60,8 +61,8 @@ RECIPES = (
     ("Adam's beta_1 = 0.9, critic's rate 5e-4", {"critic-lr": 5e-4}, "momentum"),
     ("guidance 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, ""),
     ("guidance w", {"match-guidance": 1}, ""),
-    ("guidance at all times", {"match-until": 1}, ""),
-    ("guidance up to 0.5 T", {"match-until": 0.5}, ""),
+    ("guidance at all times", {"match-until": 1000}, ""),
+    ("guidance up to 0.5 T", {"match-until": 500}, ""),
     ("cleaner times", {}, "times2"),
     ("noisier times", {}, "times.5"),
     ("SiD's loss", {}, "sid"),
@@ -71,6 +72,7 @@ RECIPES = (
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
     ("ten times the default length", {"steps": 13000, "match-from": 0.45, "save-every": 650}, "watched"),
 )
+CONSTANTS = ("INPUT_NOISE", "MATCH_NOISE", "BOUNDARY_EVERY", "PATH_EVERY", "BETA_1", "MATCH_TIMES")
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
 
@@ -89,8 +91,8 @@ def times(power):
 def sid_loss(x, teacher, critic, n, tau, schedule, **condition):
     """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, eq. 23, alpha = 1) in place of L_M: (f - h) . (h - x), with the
     gradient through both networks, and L_M's scale."""
-    limited, denoise, limits = teacher.func, teacher.args[0], teacher.keywords
-    through = functools.partial(type(denoise.__self__).denoise.__wrapped__, denoise.__self__)       # with a gradient
+    limited, (denoise,), limits, critic = teacher.func, teacher.args, teacher.keywords, critic.__self__
+    through = functools.partial(type(denoise.__self__).denoise.__wrapped__, denoise.__self__)       # without no_grad
     params = list(critic.network.parameters())
     for p in params:
         p.requires_grad_(False)
@@ -146,7 +148,7 @@ def adaptive_weight():
         loss = matching(*args, **condition)
         size = norm(loss)
         seen["match"] = 0.95 * seen.get("match", size) + 0.05 * size
-        return seen["path"] / seen["match"] * loss
+        return seen.get("path", size) / seen["match"] * loss
     train.bootstrap_loss, train.matching_loss = bootstrap_loss, matching_loss
 
 
@@ -160,13 +162,13 @@ def no_clean_end():
 
 
 def watched():
-    """Every checkpoint is measured, to see whether a long run collapses."""
+    """The student of every checkpoint is kept, to be measured: does a long run collapse?"""
     save = train.save
 
-    def save_and_measure(out, student, state, step, options):
+    def save_and_keep(out, student, state, step, options):
         save(out, student, state, step, options)
-        call(out, torch.get_num_threads(), {"evaluate": str(out), "result": str(out / f"step_{step}.json")})
-    train.save = save_and_measure
+        shutil.copytree(out / "student", out / f"step_{step}", dirs_exist_ok=True)
+    train.save = save_and_keep
 
 
 VARIANTS = {
@@ -212,13 +214,19 @@ def call(folder, threads, job, *args):
     job |= {"passes": str(folder / "passes.json")}
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "log.txt", "a") as log:
-        subprocess.run([sys.executable, "-m", "tools.study", "--inner", json.dumps(job), "--", *map(str, args)],
-                       check=True, env=env, cwd=ROOT, stdout=log, stderr=log)
+        done = subprocess.run([sys.executable, "-m", "tools.study", "--inner", json.dumps(job), "--",
+                               *map(str, args)], env=env, cwd=ROOT, stdout=log, stderr=log)
+    if done.returncode:
+        raise BadInput(f"a row failed: see {folder / 'log.txt'}")
+
+
+def texts(row):
+    return [f"{row[key]:{form}}" for key, form in COLUMNS]
 
 
 def settings(options):
-    """What train.py makes of the options, defaults and all."""
-    args = vars(train.parse_args(flags(options)))
+    """What train.py makes of the options, defaults and all, and its constants."""
+    args = vars(train.parse_args(flags(options))) | {name: getattr(train, name) for name in CONSTANTS}
     return {name: str(value) for name, value in args.items() if name not in ("out", "device", "dry_run")}
 
 
@@ -242,12 +250,12 @@ def begin(work, folder, options, variant, threads):
     with LOCKS.setdefault(prefix, threading.Lock()):
         if train.saved_step(prefix / train.STATE) != str(until):
             prefix.mkdir(parents=True, exist_ok=True)
-            call(prefix, threads, {"until": until, "variant": early}, *flags({**options, "save-every": until}),
-                 "--out", prefix)
+            saving = {**options, "save-every": math.gcd(until, 100)}
+            call(prefix, threads, {"until": until, "variant": early}, *flags(saving), "--out", prefix)
     with open_tensors(prefix / train.STATE) as file:
         metadata = file.metadata()
     saved = json.loads(metadata["options"])
-    saved |= {name: getattr(args, name) for name in LATER}
+    saved |= {name: getattr(args, name) for name in LATER if getattr(args, name) is not None}
     metadata["options"] = json.dumps(saved)
     shutil.copy(prefix / "passes.json", folder)
     tensors = load_file(prefix / train.STATE)
@@ -266,14 +274,12 @@ def measure(work, recipe, seed, threads):
         if not (folder / train.STATE).exists():
             begin(work, folder, options, variant, threads)
         call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
-        call(folder, threads, {"evaluate": str(folder), "result": str(result)})
+        for student in (*folder.glob("step_*"), folder / "student"):
+            call(folder, threads, {"evaluate": str(student), "result": str(student / "evaluation.json")})
+        (folder / "student" / "evaluation.json").rename(result)
         (folder / train.STATE).unlink()
-    checkpoints = {path.stem: read_json(path) for path in folder.glob("step_*.json")}
+    checkpoints = {path.parent.name: read_json(path) for path in folder.glob("step_*/evaluation.json")}
     return read_json(result) | read_json(folder / "passes.json") | {"checkpoints": checkpoints}
-
-
-def texts(row):
-    return [f"{row[key]:{form}}" for key, form in COLUMNS]
 
 
 def plot(path, rows):
@@ -314,6 +320,8 @@ def main():
     args = p.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     rows = [(recipe, seed) for recipe in RECIPES if recipe[0].startswith(tuple(args.only)) for seed in args.seeds]
+    if not rows:
+        raise BadInput(f"no row's name begins with {' or '.join(args.only)}")
     print("| | recipe | seed | Frechet distance | precision | recall | alignment, seen | held out | evaluations, M |")
     print("|---|---|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:

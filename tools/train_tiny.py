@@ -251,6 +251,7 @@ def train_judge(args, train):
     judge = Judge(config)
     fit("judge", [judge], functools.partial(judge_loss, judge, train, args.device), args, args.judge_steps, 2e-3, 64)
     save(args.out / "judge", judge, config, "judge.safetensors")
+    (args.out / "judge" / "reference.safetensors").unlink(missing_ok=True)              # which another one made
 
 
 @torch.no_grad()
