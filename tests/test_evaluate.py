@@ -151,3 +151,16 @@ def test_the_studys_rows_share_what_comes_before_matching(tmp_path, monkeypatch)
     assert study.measure(tmp_path, study.RECIPES[0], 0, 1) == rows[0] and calls.count("train") == len(rows)
     study.plot(tmp_path / "plot.png", rows)
     assert Image.open(tmp_path / "plot.png").convert("L").getextrema()[0] < 100
+
+
+@pytest.mark.parametrize("variant", study.VARIANTS)
+def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, variant):
+    """From BOOT's first step to a matched one; and the one that is watched keeps its checkpoints' students."""
+    for name in ("match_time", "matching_loss", "bootstrap_loss", "boundary_loss", "save", "PATH_EVERY", "BETA_1"):
+        monkeypatch.setattr(train, name, getattr(train, name))              # to be put back
+    study.VARIANTS[variant]()
+    options = ["--batch", 4, "--steps", 5, "--match-from", 0.6, "--warmup", 1, "--sample-every", 0, "--save-every", 3]
+    assert call("train", *options, "--out", tmp_path)[0] == 0
+    [line] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line["matching"] != 0 and ("bootstrap" in line) == (variant != "alone")
+    assert (tmp_path / "step_3" / "student.json").exists() == (variant == "watched")
