@@ -62,15 +62,21 @@ def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
 
 
 def test_a_student_finds_the_teachers_mean_and_spread(schedule):
-    """A student m + s * eps beside the best critic of it: it comes where the teacher's pictures are, without one."""
-    m, s = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-0.5, 1.0))
-    optimizer = torch.optim.Adam([m, s], 0.02)
-    for step in range(300):
+    """A student m + s * eps, and a critic of two numbers that learns what it makes: it comes where the teacher's
+    pictures are, without one."""
+    m, s, h_m, h_s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.5, 1.0, 0.0, 0.8))
+    student = torch.optim.Adam([m, s], 0.02, betas=(0.0, 0.99))
+    critic = torch.optim.Adam([h_m, h_s], 0.04, betas=(0.0, 0.99))
+    for step in range(400):
+        for optimizer in (student, critic):
+            optimizer.param_groups[0]["lr"] *= 0.99
+            optimizer.zero_grad()
         eps, n, tau = draw(16, step)
-        critic = denoiser(schedule, m.item(), s.item())
-        optimizer.zero_grad()
-        matching_loss(m + s * eps, denoiser(schedule, MU, S), critic, n, tau, schedule).mean().backward()
-        optimizer.step()
+        x, h = m + s * eps, denoiser(schedule, h_m, h_s)
+        matching_loss(x, denoiser(schedule, MU, S), h, n, tau, schedule).mean().backward()
+        critic_loss(x.detach(), h, n, tau, schedule).mean().backward()
+        student.step()
+        critic.step()
     assert m.item() == pytest.approx(MU, abs=0.02) and s.item() == pytest.approx(S, abs=0.02)
 
 
