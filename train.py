@@ -43,7 +43,6 @@ from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
-MATCH_NOISE = 3.33          # guidance limited to where sigma / alpha is less, if --match-until does not say otherwise
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
@@ -59,7 +58,7 @@ RANGES = {
     "steps": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf), "lr": (0, math.inf),
     "warmup": (0, math.inf), "decay": (0, 1), "ema": (0, 0.999999), "boundary_weight": (0, math.inf),
     "weight": (-10, 10), "match": (0, math.inf), "match_from": (0, 0.99), "match_guidance": (0, math.inf),
-    "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
+    "match_until": (0, 1), "match_lr": (0, math.inf), "critic_lr": (0, math.inf), "critic_updates": (1, math.inf),
     "save_every": (1, math.inf), "sample_every": (0, math.inf)}
 
 def default(name, teacher):
@@ -110,8 +109,8 @@ def add_options(parser):
     option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}; --lr, where that is less")
     option("--match-guidance", type=float, default=0.75, help="part of w - 1 that the teacher has in it: less gives "
            "more variety, more is truer to the prompt (default: %(default)s)")
-    option("--match-until", type=int, help="time above which the teacher has no guidance in it, 0..T; T costs variety "
-           f"(default: where the noise is {MATCH_NOISE} times the signal, 700 of Stable Diffusion's, 494 of DDPM's)")
+    option("--match-until", type=float, default=0.7, help="part of T above which the teacher has no guidance in it; 1 "
+           "costs variety (default: %(default)s)")
     option("--critic-lr", type=float, help="of the critic, which follows what the student paints: higher gives more "
            f"variety, lower is truer to the prompt {either['critic_lr']}")
     option("--critic-updates", type=int, default=1, help="steps of the critic to one that matches the student; more is "
@@ -199,19 +198,16 @@ def settle(args, teacher):
     """Fill in the options whose default depends on the teacher, and check those whose limits do. Raises BadInput."""
     teacher.set_negative_prompt(args.negative_prompt)       # first: it may be what makes guidance possible
     T, schedule = teacher.schedule.T, teacher.schedule
-    lam = schedule.lam(torch.arange(1, T))                  # log(sigma / alpha), increasing
     if args.input_time is None:
-        args.input_time = (lam < math.log(INPUT_NOISE)).sum().item() + 1 if schedule.prediction == "epsilon" else T
-    if args.match_until is None:
-        args.match_until = (lam < math.log(MATCH_NOISE)).sum().item()
+        quieter = (schedule.lam(torch.arange(1, T)) < math.log(INPUT_NOISE)).sum().item()
+        args.input_time = quieter + 1 if schedule.prediction == "epsilon" else T
     if args.guidance is None:
         args.guidance = 1.0 if teacher.uncond is None else default("guidance", args.teacher)
     if args.guidance == 1 and args.negative_prompt:
         warnings.warn("--negative-prompt has no effect with --guidance 1, which is no guidance", stacklevel=2)
-    for name, value, low in (("--input-time", args.input_time, 1), ("--num-steps", args.num_steps, 1),
-                             ("--match-until", args.match_until, 0)):
-        if not low <= value <= T:
-            raise BadInput(f"{name} {value} is not supported: {low} to {T}")
+    for name, value in (("--input-time", args.input_time), ("--num-steps", args.num_steps)):
+        if not 1 <= value <= T:
+            raise BadInput(f"{name} {value} is not supported: 1 to {T}")
 
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
@@ -483,7 +479,7 @@ def train(args, rank, world, local_rank):
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
         limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
-                                    until=args.match_until)
+                                    until=args.match_until * schedule.T)
 
     # ---- Resume: the first process reads the checkpoint, and the others get it from there
     state = training_state(student.network, optimizer)

@@ -61,8 +61,8 @@ RECIPES = (
     ("Adam's beta_1 = 0.9, critic's rate 5e-4", {"critic-lr": 5e-4}, "momentum"),
     ("guidance 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, ""),
     ("guidance w", {"match-guidance": 1}, ""),
-    ("guidance at all times", {"match-until": 1000}, ""),
-    ("guidance up to 0.5 T", {"match-until": 500}, ""),
+    ("guidance at all times", {"match-until": 1}, ""),
+    ("guidance up to 0.5 T", {"match-until": 0.5}, ""),
     ("cleaner times", {}, "times2"),
     ("noisier times", {}, "times.5"),
     ("SiD's loss", {}, "sid"),
@@ -72,7 +72,7 @@ RECIPES = (
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
     ("ten times the default length", {"steps": 13000, "match-from": 0.45, "save-every": 650}, "watched"),
 )
-CONSTANTS = ("INPUT_NOISE", "MATCH_NOISE", "BOUNDARY_EVERY", "PATH_EVERY", "BETA_1", "MATCH_TIMES")
+CONSTANTS = ("INPUT_NOISE", "BOUNDARY_EVERY", "PATH_EVERY", "BETA_1", "MATCH_TIMES")
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
 
