@@ -47,7 +47,8 @@ BINS = 4                    # the log has the bootstrap loss of each quarter of 
 STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # of the student's steps, once it is matched, every 5th still has BOOT's losses
-BETA_1 = 0.9, 0.0           # Adam's, of BOOT and of matching, where a critic with momentum lags behind the student
+BETA_1 = 0.9                # Adam's, of BOOT
+MATCH_BETA_1 = 0.0          # of matching: with momentum the critic lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
@@ -253,7 +254,7 @@ def new_optimizer(params, lr, device):
     """AdamW whose state exists from the start, so that resume has tensors to fill. The loop sets the student's rate
     and beta_1 in every step."""
     # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
-    optimizer = torch.optim.AdamW(params, lr, betas=(BETA_1[1], 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(params, lr, betas=(MATCH_BETA_1, 0.99), weight_decay=0.0, fused=device.type == "cuda")
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0, device=device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -514,7 +515,7 @@ def train(args, rank, world, local_rank):
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory, and what a pass needs; "
+              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory in each process, and what a pass needs; "
               f"a checkpoint takes {takes}", flush=True)
     if args.dry_run:
         return
@@ -539,7 +540,8 @@ def train(args, rank, world, local_rank):
                mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
         lr = learning_rate(step, args, match_from)
-        optimizer.param_groups[0] |= {"lr": lr, "betas": (BETA_1[step >= match_from], 0.99)}
+        beta_1 = BETA_1 if step < match_from else MATCH_BETA_1
+        optimizer.param_groups[0] |= {"lr": lr, "betas": (beta_1, 0.99)}
         for p in (*params, *critic_params):
             p.grad = None
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),

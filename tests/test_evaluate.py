@@ -156,7 +156,8 @@ def test_the_studys_rows_share_what_comes_before_matching(tmp_path, monkeypatch)
 @pytest.mark.parametrize("variant", study.VARIANTS)
 def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, variant):
     """From BOOT's first step to a matched one; and the one that is watched keeps its checkpoints' students."""
-    for name in ("match_time", "matching_loss", "bootstrap_loss", "boundary_loss", "save", "PATH_EVERY", "BETA_1"):
+    for name in ("match_time", "matching_loss", "bootstrap_loss", "boundary_loss", "save", "PATH_EVERY", "MATCH_BETA_1",
+                 "new_optimizer", "learning_rate"):
         monkeypatch.setattr(train, name, getattr(train, name))              # to be put back
     study.VARIANTS[variant]()
     options = ["--batch", 4, "--steps", 5, "--match-from", 0.6, "--warmup", 1, "--sample-every", 0, "--save-every", 3]

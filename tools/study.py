@@ -10,7 +10,6 @@ plot.png there has quality against the network evaluations of training: a sample
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -53,6 +52,8 @@ RECIPES = (
     ("critic's rate 2e-5", {"critic-lr": 2e-5}, ""),
     ("critic's rate 1e-4", {"critic-lr": 1e-4}, ""),
     ("critic's rate 5e-4", {"critic-lr": 5e-4}, ""),
+    ("critic's rate falling", {}, "falling"),
+    ("critic's rate 1e-4, falling", {"critic-lr": 1e-4}, "falling"),
     ("both rates halved", {"match-lr": 5e-5, "critic-lr": 2.5e-5}, ""),
     ("both rates doubled", {"match-lr": 2e-4, "critic-lr": 1e-4}, ""),
     ("2 critic updates", {"critic-updates": 2}, ""),
@@ -72,7 +73,7 @@ RECIPES = (
     ("Euler, 20 target steps", {"num-steps": 20, "solver": "euler"}, ""),
     ("ten times the default length", {"steps": 13000, "match-from": 0.45, "save-every": 650}, "watched"),
 )
-CONSTANTS = ("INPUT_NOISE", "BOUNDARY_EVERY", "PATH_EVERY", "BETA_1", "MATCH_TIMES")
+CONSTANTS = ("INPUT_NOISE", "BOUNDARY_EVERY", "PATH_EVERY", "BETA_1", "MATCH_BETA_1", "MATCH_TIMES")
 COLUMNS = (("frechet", ".1f"), ("precision", ".3f"), ("recall", ".3f"), ("align_seen", ".1%"), ("align_heldout", ".1%"))
 LOCKS = {}
 
@@ -161,6 +162,22 @@ def no_clean_end():
     train.bootstrap_loss = bootstrap_loss
 
 
+def falling():
+    """The critic's rate falls as the student's does."""
+    new, rate, made = train.new_optimizer, train.learning_rate, []
+
+    def new_optimizer(*args):
+        made.append(new(*args))
+        return made[-1]
+
+    def learning_rate(step, args, match_from):
+        lr = rate(step, args, match_from)
+        if step >= match_from:
+            made[1].param_groups[0]["lr"] = args.critic_lr * lr / args.match_lr
+        return lr
+    train.new_optimizer, train.learning_rate = new_optimizer, learning_rate
+
+
 def watched():
     """The student of every checkpoint is kept, to be measured: does a long run collapse?"""
     save = train.save
@@ -174,9 +191,9 @@ def watched():
 VARIANTS = {
     "sid": constant("matching_loss", sid_loss), "unit": constant("matching_loss", unit_loss),
     "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
-    "watched": watched,
+    "watched": watched, "falling": falling,
     "": lambda: None, "path1": constant("PATH_EVERY", 1), "alone": constant("PATH_EVERY", math.inf),
-    "momentum": constant("BETA_1", (0.9, 0.9)), "times2": times(2), "times.5": times(0.5),
+    "momentum": constant("MATCH_BETA_1", 0.9), "times2": times(2), "times.5": times(0.5),
 }
 
 
@@ -189,24 +206,21 @@ def inner(job, args):
         row, _ = evaluation.measure(evaluation.one_step(), "student", reference, solution)
         return write_json(Path(job["result"]), row | {"aim": aim["frechet"], "drift": drift(row, aim)})
     VARIANTS[job.get("variant", "")]()
-    if "until" in job:
-        save = train.save
+    save, passes = train.save, Path(job["passes"])
+    count = read_json(passes) if passes.exists() else {"passes": 0}
 
-        def save_and_stop(out, student, state, step, options):
-            save(out, student, state, step, options)
-            if step == job["until"]:
-                sys.exit()
-        train.save = save_and_stop
-    sys.argv, passes = ["train.py", *args], Path(job["passes"])
-    with contextlib.ExitStack() as stack:
-        count = read_json(passes) if passes.exists() else {"passes": 0}
-        stack.callback(write_json, passes, count)
+    def hook(module, inputs):
+        if isinstance(module, UNet):
+            count["passes"] += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
 
-        def hook(module, inputs):
-            if isinstance(module, UNet):
-                count["passes"] += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
-        register_module_forward_pre_hook(hook)
-        return command(train.main)
+    def save_and_count(out, student, state, step, options):
+        save(out, student, state, step, options)
+        write_json(passes, count)                           # with the state: what is lost of a run is not counted
+        if step == job.get("until"):
+            sys.exit()
+    register_module_forward_pre_hook(hook)
+    train.save, sys.argv = save_and_count, ["train.py", *args]
+    return command(train.main)
 
 
 def call(folder, threads, job, *args):

@@ -330,10 +330,11 @@ def train_pixel(args, train):
 
 
 def ship_student(args):
-    """tiny/student: a trained student in half precision, of the teacher that is there."""
-    student = load_student(args.student, args.out)
-    student.teacher.spec = "tiny"
-    save_student(args.out / "student", student, dtype=torch.float16)
+    """student/ in its teacher's folder: a trained student of either teacher, in half precision."""
+    student = load_student(args.student)
+    pixel = student.teacher.vae is None
+    student.teacher.spec = "tiny-pixel" if pixel else "tiny"
+    save_student((args.out / "pixel" if pixel else args.out) / "student", student, dtype=torch.float16)
 
 
 def main():
