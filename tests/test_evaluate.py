@@ -14,7 +14,7 @@ from checkpoint import TINY, write_file, write_json
 from student import load_student, new_student
 from teacher import load_teacher
 from tools import study
-from tools.evaluate import STEPS, SWEEP, Evaluation, combinations, drift, precision_recall, teacher_rows
+from tools.evaluate import STEPS, SWEEP, Evaluation, best_rows, combinations, drift, precision_recall, teacher_rows
 from tools.judge import frechet, moments, prompt
 
 
@@ -54,14 +54,15 @@ def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
     evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
     calls, measure = [], evaluation.measure
     evaluation.measure = lambda *args: calls.append(args[1]) or measure(*args)
-    rows, aim, moments, solution = teacher_rows(evaluation, [1, 2], [], fresh=False)
-    assert calls == ["DDIM-2, w = 3.0", "DDIM-1, w = 3.0"] and aim == rows[1] and len(solution) == 10
-    assert rows[1]["rmse"] < rows[0]["rmse"] and rows[0]["to_teacher"] > 10 > 1e-6 > abs(drift(aim, aim))
+    rows, _, solution = teacher_rows(evaluation, [1, 2], fresh=False)
+    one, aim = rows[3.0, 1], rows[3.0, 2]
+    assert calls == ["DDIM-2, w = 3.0", "DDIM-1, w = 3.0"] and len(rows) == 2 and len(solution) == 10
+    assert aim["rmse"] < one["rmse"] and one["to_teacher"] > 10 > 1e-6 > abs(drift(aim, aim))
     [stored] = (tmp_path / "tiny" / "evaluation").glob("*.json")
     stored.write_text(json.dumps([aim]))
-    again, *_, same = teacher_rows(evaluation, [1, 2], [], fresh=False)
+    again, *_, same = teacher_rows(evaluation, [1, 2], fresh=False)
     assert calls[2:] == ["DDIM-1, w = 3.0"] and again == rows and torch.equal(same, solution)
-    assert teacher_rows(evaluation, [1, 2], [], fresh=True)[0] == rows and len(calls) == 5
+    assert teacher_rows(evaluation, [1, 2], fresh=True)[0] == rows and len(calls) == 5
 
 
 def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
@@ -76,13 +77,15 @@ def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
         return {"frechet": abs(sampler.keywords["w"] - 1.6)}, (torch.zeros(2), torch.eye(2))
     evaluation.measure = measure
     for _ in range(2):
-        rows, aim, *_ = teacher_rows(evaluation, [2], [1.0, 1.5, 2.0], fresh=False)
-        assert [(row["guidance"], row["steps"], row["nfe"]) for row in rows] == [(3.0, 2, 4), (1.5, 2, 4)]
-    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (1.0, 1.5, 2.0, 3.0)), "DDIM-2, w = 1.5"]
-    assert teacher_rows(evaluation, [2], [2.0], fresh=False)[0][1]["guidance"] == 2.0
-    assert calls[6:] == ["DDIM-2, w = 2.0"]
-    assert len(teacher_rows(evaluation, [2], [3.0, 7.0], fresh=False)[0]) == 1          # its own scale is the best
-    teacher_rows(evaluation, [2], [2.0], fresh=True)
+        rows, *_ = teacher_rows(evaluation, [1, 2], fresh=False)
+        [row] = best_rows(evaluation, rows, [1.0, 1.5, 2.0], fresh=False)
+        assert (row["guidance"], row["steps"], row["nfe"]) == (1.5, 2, 4)
+    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (3.0, 1.0, 1.5, 2.0)), "DDIM-2, w = 1.5"]
+    [row] = best_rows(evaluation, rows, [2.0], fresh=False)
+    assert row["guidance"] == 2.0 and calls[6:] == ["DDIM-2, w = 2.0"]
+    assert best_rows(evaluation, rows, [3.0, 7.0], fresh=False) == []           # its own scale is the best
+    best_rows(evaluation, rows, [2.0], fresh=True)
+    assert calls[7:] == ["DDIM-1, w = 7.0", "DDIM-2, w = 2.0"]
     [stored] = (json.loads(path.read_text()) for path in (tmp_path / "tiny" / "evaluation").glob("*.json")
                 if '"guidance": 1.5' in path.read_text())
     assert {(1.5, 2), (2.0, 2), (7.0, 1)} <= {(row["guidance"], row["steps"]) for row in stored}
@@ -125,8 +128,11 @@ def test_stored_rows_are_this_teachers_and_meet_the_promise():
     student = load_student(TINY / "student")
     evaluation = Evaluation(student, 5000, student.guidance, seed=0)
     evaluation.sample = None                                # what is stored is not measured again
-    rows, best, _, solution = teacher_rows(evaluation, STEPS, SWEEP, fresh=False)
-    assert [row["steps"] for row in rows] == [*STEPS, STEPS[-1]] and solution.shape == (512, 4, 8, 8)
+    rows, _, solution = teacher_rows(evaluation, STEPS, fresh=False)
+    [at_best] = best_rows(evaluation, rows, SWEEP, fresh=False)
+    rows = [rows[evaluation.w, k] for k in STEPS]
+    best = rows[-1]
+    assert at_best["frechet"] < best["frechet"] and solution.shape == (512, 4, 8, 8)
     assert best["align_seen"] >= 0.9 and best["align_heldout"] >= 0.8
     assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))    # more steps, better pictures
 

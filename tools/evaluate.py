@@ -194,46 +194,45 @@ def add_row(evaluation, rows, path, w, steps, reference=None, solution=None):
     return own
 
 
-def teacher_rows(evaluation, steps, sweep, fresh):
-    """(rows, aim, moments, solution): the teacher at the student's scale in so many steps each, and then in the most
-    steps at the best scale of the sweep, if it is another; its row in the most steps at the student's scale, and the
-    moments of its pictures there; exact samples of the first noises."""
-    w, most, num_exact = evaluation.w, STEPS[-1], evaluation.num_exact
-    path = stored(evaluation, w, num_exact)
+def teacher_rows(evaluation, steps, fresh):
+    """(rows, reference, solution) of the teacher at the student's scale: its rows by (w, steps), of so many steps and
+    of the most; the moments of its pictures in the most; exact samples of the first noises."""
+    w, most = evaluation.w, STEPS[-1]
+    path = stored(evaluation, w, evaluation.num_exact)
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    sweep_path = stored(evaluation, "sweep").with_suffix(".json")
     rows = read_rows(path) if tensors_path.exists() and not fresh else {}
-    swept = read_rows(sweep_path)
     if not {(w, k) for k in (*steps, most)} <= rows.keys():
         print(f"measuring the teacher on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
     if rows:
         tensors, _ = read_tensors(tensors_path)
     else:
-        solution = evaluation.sample(evaluation.solution(), num_exact, "Signal-ODE solution").half().cpu()
+        solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution").half().cpu()
         mean, covariance = add_row(evaluation, rows, path, w, most, solution=solution.float())
         tensors = {"solution": solution, "mean": mean, "covariance": covariance}
         store(write_file, tensors_path, lambda p: save_file(tensors, p))
     reference, solution = (tensors["mean"], tensors["covariance"]), tensors["solution"].float()
     for k in steps:
         add_row(evaluation, rows, path, w, k, reference, solution)
-    result = [rows[w, k] for k in steps]
+    return rows, reference, solution
 
-    best = sweep[0] if sweep else w                         # one scale is taken as it is
+
+def best_rows(evaluation, rows, sweep, fresh):
+    """The teacher in the most steps at the best scale of a sweep: one row, or none where that is the student's scale. A
+    sweep of one is taken as it is; that of several looks for it in SWEEP_STEPS, in which rows has the student's."""
+    w, path = evaluation.w, stored(evaluation, "sweep").with_suffix(".json")
+    others, swept = [scale for scale in sweep if scale != w], read_rows(path)
+    if fresh:
+        swept = {(scale, k): row for (scale, k), row in swept.items() if scale not in others}
+    best = sweep[0] if sweep else w
     if len(sweep) > 1:
-        others = [scale for scale in sweep if scale != w]
-        if fresh:
-            swept = {pair: row for pair, row in swept.items() if pair[0] not in others}
         for scale in others:
-            add_row(evaluation, swept, sweep_path, scale, SWEEP_STEPS)
-        add_row(evaluation, rows, path, w, SWEEP_STEPS, reference, solution)
+            add_row(evaluation, swept, path, scale, SWEEP_STEPS)
         candidates = swept | rows
         best = min((w, *others), key=lambda scale: candidates[scale, SWEEP_STEPS]["frechet"])
-    elif fresh:
-        swept.pop((best, most), None)
-    if best != w:
-        add_row(evaluation, swept, sweep_path, best, most)
-        result.append(swept[best, most])
-    return result, rows[w, most], reference, solution
+    if best == w:
+        return []
+    add_row(evaluation, swept, path, best, STEPS[-1])
+    return [swept[best, STEPS[-1]]]
 
 
 def store(write, path, content):
@@ -298,11 +297,14 @@ def main():
     sweep = args.sweep if teacher.uncond is not None else []        # without guidance there is one scale
     evaluation = Evaluation(student, args.images, w, args.seed)
     last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour
-    rows, aim, reference, solution = teacher_rows(evaluation, args.steps, sweep, args.fresh)
+    needed = {*args.steps, SWEEP_STEPS} if len(sweep) > 1 else args.steps
+    measured, reference, solution = teacher_rows(evaluation, sorted(needed), args.fresh)
+    rows = [measured[w, k] for k in args.steps] + best_rows(evaluation, measured, sweep, args.fresh)
+    aim = measured[w, STEPS[-1]]
     for k in (0, *args.refine):
-        measured, _ = evaluation.measure(evaluation.one_step(k), "student", reference, solution)
+        row, _ = evaluation.measure(evaluation.one_step(k), "student", reference, solution)
         nfe = 1 + k * (1 if w == 1 else 2)
-        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": nfe} | measured)
+        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": nfe} | row)
     timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
     step, one, decode = map(evaluation.seconds, timed)
     one_pass = step / (1 if w == 1 else 2)

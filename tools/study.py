@@ -202,7 +202,8 @@ def inner(job, args):
     if "evaluate" in job:
         student = load_student(job["evaluate"])
         evaluation = Evaluation(student, 5000, student.pick_guidance(), 0)
-        _, aim, reference, solution = teacher_rows(evaluation, STEPS[-1:], (), fresh=False)
+        rows, reference, solution = teacher_rows(evaluation, STEPS[-1:], fresh=False)
+        aim = rows[evaluation.w, STEPS[-1]]
         row, _ = evaluation.measure(evaluation.one_step(), "student", reference, solution)
         return write_json(Path(job["result"]), row | {"aim": aim["frechet"], "drift": drift(row, aim)})
     VARIANTS[job.get("variant", "")]()
