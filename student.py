@@ -39,7 +39,8 @@ class Student:
 
     def refine(self, eps, steps, w=None, **condition):
         """The picture g(eps, 0), (B, C, h, w), with its own eps noised again to time T / 5, and brought back by so many
-        of the teacher's steps, Euler's, on the trajectory of eps. w: of both, needed where steps > 0."""
+        of the teacher's steps, Euler's, on the trajectory of eps. Not g(eps, T / 5): only the picture is matched.
+        w: the scale of the teacher's steps, and of a ranged student."""
         x = self(eps, 0, w=w, **condition)
         if steps == 0:
             return x

@@ -82,8 +82,8 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory "
            "(default: its whole share for an embedded teacher, up to 4 for another)")
     option("--lr", type=float, help=f"peak {either['lr']}")
-    option("--warmup", type=int, help="steps of linear warm-up, and those that the critic learns before it is asked "
-           f"{either['warmup']}")
+    option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
+           f"before the student is matched {either['warmup']}")
     option("--decay", type=float, default=0.6, help="last part over which the rate falls linearly, before matching to "
            "--match-lr and then to zero; 0 keeps it constant (default: %(default)s)")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
@@ -495,22 +495,22 @@ def train(args, rank, world, local_rank):
         for tensor in (step, *state.values()):
             dist.broadcast(tensor, 0)
     start = done = step.item()
-    critic_from = match_from = args.steps                   # the critic has a head start of --warmup steps
+    critic_from = match_from = args.steps
     if args.match:
         critic_steps = int(critic_optimizer.state[critic_params[0]]["step"])
-        critic_from = start - critic_steps                  # where it began, whatever --steps is now, or will begin:
-        if critic_steps == 0:
-            critic_from = max(round(args.match_from * args.steps) - args.warmup, start)
-        match_from = critic_from + args.warmup
+        match_from = start - critic_steps + args.warmup     # the critic has a head start of --warmup steps
+        if critic_steps <= args.warmup:                     # until matching has begun, other --steps move it
+            match_from = max(round(args.match_from * args.steps), match_from)
+        critic_from = match_from - max(0, args.warmup - critic_steps)
         if match_from >= args.steps and rank == 0:
-            warnings.warn(f"{args.steps} steps end before the student is matched, from step {match_from} on: give more "
-                          "--steps or less --warmup, or --match 0 for BOOT alone", stacklevel=2)
+            warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
+                          "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
     if rank == 0:
         takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
         held = sum(t.nbytes for t in (*state.values(), *params, *critic_params))            # with as many gradients
         held += sum(p.nbytes for part in frozen for p in part.parameters())
-        matched = f", matched from step {match_from} on with a critic of as many" if match_from < args.steps else ""
+        matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
@@ -572,14 +572,15 @@ def train(args, rank, world, local_rank):
                 bins = schedule.index(t) * BINS // schedule.T               # (B,): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
-            rows = [row for row, sample in enumerate(samples) if sample % BOUNDARY_EVERY == 0]
-            if on_path and rows and args.boundary_weight:
+            rows = [row for row, sample in enumerate(samples) if on_path and sample % BOUNDARY_EVERY == 0]
+            if rows and args.boundary_weight:
                 with autocast(device, dtype):
                     L_BC = boundary_loss(student, teacher.denoise, eps[rows], schedule, **select(condition, rows))
                 (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
 
-            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x
+            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x (its second pass at
+            # x_tau, with a graph now: the student's is gone)
             if critic_learns:
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint import TINY, write_file, write_json
+from checkpoint import TINY, WEIGHTS, write_file, write_json
 from student import load_student, new_student
 from teacher import load_teacher
 from tools import study
@@ -159,15 +159,49 @@ def test_the_studys_rows_share_what_comes_before_matching(tmp_path, monkeypatch)
     assert Image.open(tmp_path / "plot.png").convert("L").getextrema()[0] < 100
 
 
+def test_a_row_of_the_study_is_the_run_of_its_options(call, tmp_path, monkeypatch):
+    """Bitwise, though it begins with a part that it shares with others. One that fails leaves the others alone."""
+    options = {"batch": 4, "steps": 6, "match-from": 0.67, "warmup": 1, "sample-every": 0}
+    monkeypatch.setattr(study, "BASE", options)
+    whole = [*study.flags(options | {"match-guidance": 1}), "--out", tmp_path / "whole"]
+    real = study.call
+
+    def call_but_not_to_evaluate(folder, threads, job, *args):
+        if "evaluate" not in job:
+            return real(folder, threads, job, *args)
+        return write_json(Path(job["result"]), {"frechet": 30.0})
+    monkeypatch.setattr(study, "call", call_but_not_to_evaluate)
+    row = study.attempt(tmp_path, ("a row", {"match-guidance": 1}, ""), 0, 1)
+    assert row["frechet"] == 30.0 and len(list(tmp_path.glob("until-*"))) == 1
+    assert call("train", *whole)[0] == 0
+    [folder] = (path.parent for path in tmp_path.glob("*/recipe.json"))
+    a, b = (load_file(path / "student" / WEIGHTS) for path in (tmp_path / "whole", folder))
+    assert all(a[name].equal(b[name]) for name in a)
+    assert "a row failed" in str(study.attempt(tmp_path, ("another", {"batch": 3, "micro-batch": 2}, ""), 0, 1))
+
+
+MATCHED = ["--batch", 4, "--steps", 5, "--match-from", 0.6, "--warmup", 1, "--sample-every", 0, "--save-every", 3]
+
+
+@pytest.fixture(scope="module")
+def default_state(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("default")
+    done = run("train.py", *MATCHED, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / train.STATE)
+
+
 @pytest.mark.parametrize("variant", study.VARIANTS)
-def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, variant):
-    """From BOOT's first step to a matched one; and the one that is watched keeps its checkpoints' students."""
+def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, default_state, variant):
+    """From BOOT's first step to a matched one, to another end than the defaults; but the one that is watched keeps its
+    checkpoints' students instead."""
     for name in ("match_time", "matching_loss", "bootstrap_loss", "boundary_loss", "save", "PATH_EVERY", "MATCH_BETA_1",
                  "new_optimizer", "learning_rate"):
         monkeypatch.setattr(train, name, getattr(train, name))              # to be put back
     study.VARIANTS[variant]()
-    options = ["--batch", 4, "--steps", 5, "--match-from", 0.6, "--warmup", 1, "--sample-every", 0, "--save-every", 3]
-    assert call("train", *options, "--out", tmp_path)[0] == 0
+    assert call("train", *MATCHED, "--out", tmp_path)[0] == 0
     [line] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert line["matching"] != 0 and ("bootstrap" in line) == (variant != "alone")
     assert (tmp_path / "step_3" / "student.json").exists() == (variant == "watched")
+    state = load_file(tmp_path / train.STATE)
+    assert all(state[name].equal(default_state[name]) for name in state) == (variant in ("", "watched"))

@@ -21,7 +21,9 @@ import checkpoint
 import train
 from checkpoint import TINY, WEIGHTS, write_file, write_json
 from conftest import ROOT
+from matching import limited_guidance
 from signal_ode import Schedule
+from student import Critic
 
 SHORT = ["--batch", 4, "--sample-every", 0, "--warmup", 2, "--save-every", 2]
 
@@ -254,22 +256,39 @@ def saved_step(out):
     return int(train.saved_step(out / train.STATE))
 
 
-def test_other_steps_move_the_start_of_matching_until_the_critic_has_begun(call, tmp_path, monkeypatch):
+def test_other_steps_move_the_start_of_matching_until_it_has_begun(call, tmp_path, monkeypatch):
     options = [*SHORT, "--save-every", 1, "--out", tmp_path]                # the critic begins 2 steps before matching
-    for steps, step, expected in ((40, 12, 18), (20, 13, 14), (100, 15, 14)):
+    for steps, step, expected in ((40, 12, 18), (20, 13, 14), (100, 15, 45), (40, 20, 18), (100, 22, 18)):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             _, plan, _ = call("train", *options, "--steps", steps)
-        assert f"matched from step {expected} on" in plan, steps
+        assert f"matched after {expected} with" in plan, steps
 
 
 def test_the_critic_always_has_a_head_start(call, tmp_path):
     code, plan, stderr = call("train", *SHORT, "--match-from", 0, "--steps", 2, "--out", tmp_path / "a")
-    assert code == 0 and "matched" not in plan and "2 steps end before the student is matched, from step 2 on" in stderr
+    assert code == 0 and "matched" not in plan and "2 steps end before the student is matched, after 2:" in stderr
     [line] = last_records(tmp_path / "a")
     assert line["critic"] > 0 and "matching" not in line
     code, plan, _ = call("train", *SHORT, "--match-from", 0, "--steps", 3, "--out", tmp_path / "b")
-    assert code == 0 and "matched from step 2 on" in plan and last_records(tmp_path / "b")[-1]["matching"] > 0
+    assert code == 0 and "matched after 2 with" in plan and last_records(tmp_path / "b")[-1]["matching"] > 0
+
+
+def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeypatch):
+    """It gets noise and times of its own, the limited teacher, the critic; if it is the pictures' mean, that falls."""
+    drawn, means, draw = [], [], train.draw
+    monkeypatch.setattr(train, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+
+    def mean(x, teacher, critic, n, tau, schedule, **condition):
+        _, eps, t, *_ = drawn[-1]
+        assert n.shape == eps.shape and not n.equal(eps) and not tau.equal(t) and 20 <= tau.min() <= tau.max() <= 980
+        assert teacher.func is limited_guidance and isinstance(critic.__self__, Critic) and "w" in condition
+        means.append(x.mean().item())
+        return x.flatten(1).mean(1)
+    monkeypatch.setattr(train, "matching_loss", mean)
+    options = ["--match-from", 0, "--match-lr", "1e-3", "--match", 100, "--warmup", 1, "--steps", 12, "--decay", 0]
+    assert call("train", *SHORT, *options, "--out", tmp_path)[0] == 0
+    assert len(means) == 11 and max(means[-3:]) < min(means[:3])
 
 
 @pytest.mark.parametrize("options", [["--critic-updates", 2], ["--guidance", "1:6"]])

@@ -74,6 +74,7 @@ def test_refinement_goes_on_along_the_trajectory(tiny):
 
     class Exact(Student):
         def __call__(self, eps, t, **_):
+            assert t == 0
             return ys[12]                                           # y at T / 5
     assert torch.equal(Exact(None, tiny, 400, 3.0).refine(eps, 3, w=3.0, **condition), ys[-1])
 

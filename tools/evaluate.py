@@ -130,7 +130,7 @@ class Evaluation:
         for part in parts:
             images = self.teacher.decode(latents[part], self.seeds[part])
             features.append(self.judge(images))
-            channels.append(torch.stack([images, images.square()]).double().mean((3, 4)).cpu())        # (2, B, 3)
+            channels.append(torch.stack([images, images.square()]).cpu().double().mean((3, 4)))        # (2, B, 3)
         features = torch.cat(features)
         answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
         right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
@@ -164,6 +164,11 @@ class Evaluation:
         return sorted(times[1:])[1] / len(eps)
 
 
+def passes(steps, w):
+    """Network passes of so many of the teacher's steps."""
+    return steps * (1 if w == 1 else 2)
+
+
 def stored(evaluation, *settings):
     """The path, without suffix, in the teacher's folder, of what is measured with its files and with these settings."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
@@ -188,8 +193,7 @@ def add_row(evaluation, rows, path, w, steps, reference=None, solution=None):
     if (w, steps) in rows:
         return None
     row, own = evaluation.measure(evaluation.ddim(steps, w), f"DDIM-{steps}, w = {w}", reference, solution)
-    nfe = steps * (1 if w == 1 else 2)
-    rows[w, steps] = {"sampler": "ddim", "guidance": w, "steps": steps, "nfe": nfe} | row
+    rows[w, steps] = {"sampler": "ddim", "guidance": w, "steps": steps, "nfe": passes(steps, w)} | row
     store(write_json, path, list(rows.values()))
     return own
 
@@ -302,15 +306,14 @@ def main():
     rows = [measured[w, k] for k in args.steps] + best_rows(evaluation, measured, sweep, args.fresh)
     aim = measured[w, STEPS[-1]]
     for k in (0, *args.refine):
-        row, _ = evaluation.measure(evaluation.one_step(k), "student", reference, solution)
-        nfe = 1 + k * (1 if w == 1 else 2)
-        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": nfe} | row)
+        row, _ = evaluation.measure(evaluation.one_step(k), f"student, refined by {k}", reference, solution)
+        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": 1 + passes(k, w)} | row)
     timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
     step, one, decode = map(evaluation.seconds, timed)
-    one_pass = step / (1 if w == 1 else 2)
+    one_pass = step / passes(1, w)
     for row in rows:
-        passes = row["nfe"] * one_pass if row["sampler"] == "ddim" else one + (row["nfe"] - 1) * one_pass
-        row["images_per_s"] = 1 / (decode + passes)
+        networks = row["nfe"] * one_pass if row["sampler"] == "ddim" else one + (row["nfe"] - 1) * one_pass
+        row["images_per_s"] = 1 / (decode + networks)
         row["drift"] = drift(row, aim)
 
     halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))

@@ -56,8 +56,8 @@ RECIPES = (
     ("critic's rate 1e-4, falling", {"critic-lr": 1e-4}, "falling"),
     ("both rates halved", {"match-lr": 5e-5, "critic-lr": 2.5e-5}, ""),
     ("both rates doubled", {"match-lr": 2e-4, "critic-lr": 1e-4}, ""),
-    ("2 critic updates", {"critic-updates": 2}, ""),
-    ("5 critic updates", {"critic-updates": 5}, ""),
+    ("2 critic updates", {"critic-updates": 2, "steps": 1500, "match-from": 0.4667}, ""),
+    ("5 critic updates", {"critic-updates": 5, "steps": 2700, "match-from": 0.2593}, ""),
     ("Adam's beta_1 = 0.9", {}, "momentum"),
     ("Adam's beta_1 = 0.9, critic's rate 5e-4", {"critic-lr": 5e-4}, "momentum"),
     ("guidance 1 + 0.5 (w - 1)", {"match-guidance": 0.5}, ""),
@@ -270,7 +270,7 @@ def begin(work, folder, options, variant, threads):
     with open_tensors(prefix / train.STATE) as file:
         metadata = file.metadata()
     saved = json.loads(metadata["options"])
-    saved |= {name: getattr(args, name) for name in LATER if getattr(args, name) is not None}
+    saved |= {name: getattr(args, name) for name in LATER}
     metadata["options"] = json.dumps(saved)
     shutil.copy(prefix / "passes.json", folder)
     tensors = load_file(prefix / train.STATE)
@@ -297,14 +297,23 @@ def measure(work, recipe, seed, threads):
     return read_json(result) | read_json(folder / "passes.json") | {"checkpoints": checkpoints}
 
 
+def attempt(*row):
+    """What measure returns, or the error that it ends with: the other rows go on."""
+    try:
+        return measure(*row)
+    except BadInput as error:
+        return error
+
+
 def plot(path, rows):
-    """A PNG: the Frechet distance of each row, by its number, over its network evaluations; the teacher's is a line."""
+    """A PNG: the Frechet distance of each row, by its number, over its network evaluations, on a logarithmic scale; the
+    teacher's is a line."""
     (width, height), margin, font = (960, 640), 56, ImageFont.load_default(16)
     image = Image.new("RGB", (width, height), "white")
     drawing = ImageDraw.Draw(image)
     aim = rows[0]["aim"]
-    xs, ys = [row["passes"] / 1e6 for row in rows], [row["frechet"] for row in rows]
-    (left, right), (low, high) = ((min(v) - 0.02 * max(v), 1.02 * max(v)) for v in (xs, [*ys, aim]))
+    xs, ys = [math.log10(row["passes"] / 1e6) for row in rows], [row["frechet"] for row in rows]
+    left, right, low, high = min(xs) - 0.02, max(xs) + 0.02, min(*ys, aim) - 1, max(*ys, aim) + 1
 
     def place(x, y):
         return (margin + (x - left) / (right - left) * (width - 2 * margin),
@@ -313,7 +322,7 @@ def plot(path, rows):
         value = left + share * (right - left), low + share * (high - low)
         x, y = place(*value)
         drawing.line((margin, y, width - margin, y), "lightgrey")
-        drawing.text((x, height - margin + 8), f"{value[0]:.2f}", "black", font, anchor="mt")
+        drawing.text((x, height - margin + 8), f"{10 ** value[0]:.2f}", "black", font, anchor="mt")
         drawing.text((margin - 8, y), f"{value[1]:.1f}", "black", font, anchor="rm")
     drawing.text((width / 2, height - 8), "million network evaluations in training", "black", font, anchor="mb")
     drawing.text((8, 8), "Frechet distance of the student's one step; blue: the teacher's fifty", "black", font)
@@ -341,14 +350,20 @@ def main():
     print("|---|---|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
         results = []
-        for row in pool.map(lambda row: measure(args.work.absolute(), *row, threads), rows):
-            (name, *_), seed = rows[len(results)]
+        measured = pool.map(lambda row: attempt(args.work.absolute(), *row, threads), rows)
+        for ((name, *_), seed), row in zip(rows, measured):
+            if isinstance(row, BadInput):
+                print(f"| | {name} | {seed} | {row} | | | | | |", flush=True)
+                continue
             results.append(row)
             for step, figures in sorted(row["checkpoints"].items(), key=lambda item: int(item[0].split("_")[1])):
                 print(f"| | {name}, {step} | {seed} | {' | '.join(texts(figures))} | |")
             passes = f"{row['passes'] / 1e6:.2f}"
             print(f"| {len(results)} | {name} | {seed} | {' | '.join(texts(row))} | {passes} |", flush=True)
-    plot(args.work / "plot.png", results)
+    if results:
+        plot(args.work / "plot.png", results)
+    if len(results) < len(rows):
+        raise BadInput(f"{len(rows) - len(results)} of {len(rows)} rows failed")
     return None
 
 

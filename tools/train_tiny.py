@@ -330,11 +330,12 @@ def train_pixel(args, train):
 
 
 def ship_student(args):
-    """student/ in its teacher's folder: a trained student of either teacher, in half precision."""
-    student = load_student(args.student)
-    pixel = student.teacher.vae is None
+    """student/ in its teacher's folder: a trained student of either teacher that is there, in half precision."""
+    pixel = load_student(args.student).teacher.vae is None
+    folder = args.out / "pixel" if pixel else args.out
+    student = load_student(args.student, folder)            # refuses one of another teacher
     student.teacher.spec = "tiny-pixel" if pixel else "tiny"
-    save_student((args.out / "pixel" if pixel else args.out) / "student", student, dtype=torch.float16)
+    save_student(folder / "student", student, dtype=torch.float16)
 
 
 def main():
