@@ -21,14 +21,15 @@ import torch
 
 from signal_ode import like, noisy
 
-def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
+def matching_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
     """L_M of each sample, (B,): 1/2 || x - stopgrad[x - d / mean|x - f|] ||^2, whose gradient to x is d in units of the
-    teacher's own error. Gradients reach x alone. teacher, critic: callables (x_t, t, **condition)."""
+    teacher's own error. Gradients reach x alone. seen: x as it is painted; pixels beyond those of a picture are clipped
+    there, and so drawn back. teacher, critic: callables (x_t, t, **condition)."""
     with torch.no_grad():
-        x_tau = noisy(x, n, tau, schedule)
+        x_tau = noisy(seen, n, tau, schedule)
         f = teacher(x_tau, tau, **condition)
         d = critic(x_tau, tau, **condition) - f
-        target = x - d / like((x - f).abs().flatten(1).mean(1).clamp(min=1e-6), x)
+        target = seen - d / like((seen - f).abs().flatten(1).mean(1).clamp(min=1e-6), x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
 
 def critic_loss(x, critic, n, tau, schedule, **condition):

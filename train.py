@@ -584,16 +584,15 @@ def train(args, rank, world, local_rank):
             if critic_learns:
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
-                    if teacher.clip is not None:            # as it is painted; the gradient passes
-                        x = x + (x.clamp(-teacher.clip, teacher.clip) - x).detach()
+                seen = x.detach() if teacher.clip is None else x.detach().clamp(-teacher.clip, teacher.clip)
             if matches:
                 with autocast(device, dtype):
-                    L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
+                    L_M = matching_loss(x, seen, limited, critic.denoise, n, tau, schedule, **condition)
                 (grad_scale * args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
                 with autocast(device, dtype):
-                    L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
+                    L_C = critic_loss(seen, critic, n, tau, schedule, **condition)
                 (grad_scale / args.batch * L_C.sum()).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 

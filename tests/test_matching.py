@@ -35,7 +35,7 @@ def test_the_gradient_is_the_difference_of_the_scores(schedule):
     x, n, tau = draw(8)
     x = (0.2 + 0.9 * x).requires_grad_()
     teacher, critic = denoiser(schedule, MU, S), denoiser(schedule, 0.2, 0.9)
-    [gradient] = torch.autograd.grad(matching_loss(x, teacher, critic, n, tau, schedule).sum(), x)
+    [gradient] = torch.autograd.grad(matching_loss(x, x.detach(), teacher, critic, n, tau, schedule).sum(), x)
     alpha, sigma = like(schedule.alpha(tau), x), like(schedule.sigma(tau), x)
     x_tau = noisy(x, n, tau, schedule).detach().requires_grad_()
     log_p = [-0.5 * (x_tau - alpha * m) ** 2 / (alpha**2 * s**2 + sigma**2) for m, s in ((0.2, 0.9), (MU, S))]
@@ -48,7 +48,7 @@ def test_nothing_but_the_picture_has_a_gradient(schedule):
     x, n, tau = draw(2)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     network = lambda x_t, t, w=1.0: scale * x_t
-    matching_loss(x.requires_grad_(), network, network, n, tau, schedule).sum().backward()
+    matching_loss(x.requires_grad_(), x.detach(), network, network, n, tau, schedule).sum().backward()
     assert scale.grad is None and x.grad is not None
 
 
@@ -56,9 +56,17 @@ def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
     x, n, tau = draw(8)
     x = (MU + S * x).requires_grad_()
     f = denoiser(schedule, MU, S)
-    loss = matching_loss(x, f, f, n, tau, schedule)
+    loss = matching_loss(x, x.detach(), f, f, n, tau, schedule)
     loss.sum().backward()
     assert loss.eq(0).all() and x.grad.eq(0).all()
+
+
+def test_a_pixel_beyond_those_of_a_picture_is_drawn_back(schedule):
+    """By as much as it overshoots, though neither teacher nor critic sees it."""
+    x, n, tau = draw(8)
+    x, f = (2 * x).requires_grad_(), denoiser(schedule, MU, S)
+    [gradient] = torch.autograd.grad(matching_loss(x, x.detach().clamp(-1, 1), f, f, n, tau, schedule).sum(), x)
+    assert torch.allclose(gradient, (x - x.clamp(-1, 1)) / x[0].numel(), rtol=1e-9)
 
 
 def test_a_student_finds_the_teachers_mean_and_spread(schedule):
@@ -73,7 +81,7 @@ def test_a_student_finds_the_teachers_mean_and_spread(schedule):
             optimizer.zero_grad()
         eps, n, tau = draw(16, step)
         x, h = m + s * eps, denoiser(schedule, h_m, h_s)
-        matching_loss(x, denoiser(schedule, MU, S), h, n, tau, schedule).mean().backward()
+        matching_loss(x, x.detach(), denoiser(schedule, MU, S), h, n, tau, schedule).mean().backward()
         critic_loss(x.detach(), h, n, tau, schedule).mean().backward()
         student.step()
         critic.step()

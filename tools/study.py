@@ -89,7 +89,7 @@ def times(power):
     return constant("match_time", lambda u, T: uniform(u**power, T))
 
 
-def sid_loss(x, teacher, critic, n, tau, schedule, **condition):
+def sid_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
     """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, eq. 23, alpha = 1) in place of L_M: (f - h) . (h - x), with the
     gradient through both networks, and L_M's scale."""
     limited, (denoise,), limits, critic = teacher.func, teacher.args, teacher.keywords, critic.__self__
@@ -105,12 +105,12 @@ def sid_loss(x, teacher, critic, n, tau, schedule, **condition):
     return ((f - h) * (h - x)).flatten(1).mean(1) / scale
 
 
-def unit_loss(x, teacher, critic, n, tau, schedule, **condition):
+def unit_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
     """L_M with d of length one, instead of in units of the teacher's error."""
     with torch.no_grad():
-        x_tau = noisy(x, n, tau, schedule)
+        x_tau = noisy(seen, n, tau, schedule)
         d = critic(x_tau, tau, **condition) - teacher(x_tau, tau, **condition)
-        target = x - d / like(d.square().flatten(1).mean(1).sqrt(), x)
+        target = seen - d / like(d.square().flatten(1).mean(1).sqrt(), x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
 
 
