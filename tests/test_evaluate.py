@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint import TINY, WEIGHTS, write_file, write_json
+from checkpoint import TINY, WEIGHTS, read_json, write_file, write_json
 from student import load_student, new_student
 from teacher import load_teacher
 from tools import study
@@ -205,3 +205,17 @@ def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, default_
     assert (tmp_path / "step_3" / "student.json").exists() == (variant == "watched")
     state = load_file(tmp_path / train.STATE)
     assert all(state[name].equal(default_state[name]) for name in state) == (variant in ("", "watched"))
+
+
+def test_a_student_is_shipped_in_its_own_teachers_folder(call, tmp_path):
+    """In half precision; one of another teacher is refused, and nothing replaced."""
+    shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation", "student"))
+    ship = ["tools.train_tiny", "--stages", "student", "--out", tmp_path / "tiny", "--work", tmp_path / "work"]
+    assert call(*ship, "--student", TINY / "student")[0] == 0
+    a, b = (load_file(folder / "student" / WEIGHTS) for folder in (TINY, tmp_path / "tiny"))
+    assert all(a[name].equal(b[name]) for name in a) and not (tmp_path / "tiny" / "pixel" / "student").exists()
+    assert read_json(tmp_path / "tiny" / "student" / "student.json") == read_json(TINY / "student" / "student.json")
+    scheduler = tmp_path / "tiny" / "scheduler" / "scheduler_config.json"
+    write_json(scheduler, read_json(scheduler) | {"beta_end": 0.013})
+    code, _, error = call(*ship, "--student", TINY / "student")
+    assert code == 2 and "was made for another teacher" in error
