@@ -1,0 +1,238 @@
+"""What only a GPU can show of a teacher and its training: agreement with the CPU, speed, memory, bitwise resume.
+
+    python -m tools.gpu                                     the embedded teacher, on a GPU a minute
+    python -m tools.gpu --teacher FOLDER --steps 12         one of full size, such as tools.synthesise makes
+    python -m tools.gpu --device cpu --parts training       also where there is none, in small
+
+Prints a table for each part; the figures of all are in OUT/gpu.json.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
+import train
+from checkpoint import WEIGHTS, BadInput, command, write_json
+from signal_ode import noisy
+from student import new_student
+from teacher import PRECISION, load_teacher, noise, pick_device
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call, device, repeat):
+    """Median time of a call, after two that are not counted."""
+    times = []
+    for _ in range(repeat + 2):
+        wait(device)
+        began = time.perf_counter()
+        call()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def peak(device):
+    """GB that torch's allocator held at most; of a CPU nothing is known here."""
+    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
+
+
+def matmul_rate(device, dtype, repeat=10):
+    """FLOP/s of a large product of random matrices: what this machine can do."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / seconds(lambda: a @ b, device, repeat)
+
+
+def inputs(teacher, batch):
+    """Noised noise, times and a condition for the teacher's U-Net."""
+    eps = noise(range(batch), teacher.shape).to(teacher.device)
+    t = torch.linspace(1, teacher.schedule.T, batch, device=teacher.device).long()
+    prompts = train.training_prompts(teacher, None)
+    return noisy(eps, eps, t, teacher.schedule), t, teacher.encode([prompts[k % len(prompts)] for k in range(batch)])
+
+
+def agreement(args):
+    """Clean predictions of the teacher against the CPU's in float32: ||a - b|| / ||b||."""
+    device, rows = pick_device(args.device), []
+    reference = load_teacher(args.teacher, torch.device("cpu"), torch.float32)
+    x, t, condition = inputs(reference, 2)
+    exact = reference.denoise(x, t, **condition)
+    pictures = reference.decode(exact)
+    for precision, dtype in PRECISION.items():
+        teacher = load_teacher(args.teacher, device, dtype)
+        x, t, condition = inputs(teacher, 2)
+        with torch.no_grad(), train.autocast(device, dtype):
+            f = teacher.denoise(x, t, **condition).float().cpu()
+            seen = teacher.decode(exact.to(device)).float().cpu()
+        rows.append({"precision": precision, "prediction": ((f - exact).norm() / exact.norm()).item(),
+                     "decoded picture, 255ths": (seen - pictures).abs().max().item() * 127.5})
+    return rows
+
+
+def passes(args):
+    """A training pass of the U-Net, forward and backward, in each layout, eager and with compiled blocks."""
+    device, rows = pick_device(args.device), []
+    dtype = PRECISION[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
+    limit = matmul_rate(device, dtype)
+    teacher = load_teacher(args.teacher, device, dtype)
+    student = new_student(teacher, teacher.schedule.T, 1.0)
+    network = student.network.requires_grad_(True)
+    for compiled in (False, True) if args.compile else (False,):
+        if compiled:
+            for block in (*network.down_blocks, network.mid_block, *network.up_blocks):
+                block.compile()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            network.to(memory_format=layout)
+            for batch in args.micro_batches:
+                x, t, condition = inputs(teacher, batch)
+                x = x.to(memory_format=layout)
+
+                def forward_backward():
+                    with train.autocast(device, dtype):
+                        student(x, t, **condition).float().square().mean().backward()
+
+                with FlopCounterMode(display=False) as counter:
+                    forward_backward()
+                torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+                took = seconds(forward_backward, device, args.repeat)
+                rate = counter.get_total_flops() / took
+                rows.append({"blocks": "compiled" if compiled else "eager", "layout": str(layout).split(".")[1],
+                             "micro-batch": batch, "ms a sample": 1e3 * took / batch, "TFLOP/s": rate / 1e12,
+                             "of the matrix product's": rate / limit, "peak GB": peak(device)})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def inner(saves, *args):
+    """One training in a process of its own; its last line is what was measured: seconds of each step, peak memory."""
+    times, rate = [], train.learning_rate
+
+    def learning_rate(*rest):
+        times.append(time.perf_counter())                   # at the start of a step; the one before has ended with item()
+        return rate(*rest)
+    train.learning_rate, save = learning_rate, train.save
+    took = []
+
+    def timed_save(*rest):
+        began = time.perf_counter()
+        if saves == "saves":
+            save(*rest)
+        took.append(time.perf_counter() - began)
+    train.save = timed_save
+    sys.argv = ["train.py", *args]
+    train.main()
+    steps = [b - a for a, b in zip(times, times[1:])]
+    device = pick_device(train.parse_args(args).device)
+    print(json.dumps({"steps": steps, "peak": peak(device), "saving": took}))
+
+
+def run(args, name, *options, saves=True, kill_at=None):
+    """A training by tools.gpu's inner part; killed -9 once that step is saved, if asked. Returns what it measured."""
+    out = args.out / name
+    child = [sys.executable, "-m", "tools.gpu", "--inner", "saves" if saves else "", "--teacher", str(args.teacher), "--out", str(out),
+             "--sample-every", "0", *map(str, options)]
+    if args.device:
+        child += ["--device", args.device]
+    with open(args.out / f"{name}.log", "a+") as log:
+        process = subprocess.Popen(child, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while kill_at and process.poll() is None:
+            if train.saved_step(out / train.STATE) == str(kill_at):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        process.wait()
+        if process.returncode and not kill_at:
+            raise BadInput(f"training failed: see {log.name}")
+        log.seek(0)
+        return None if kill_at else json.loads(log.read().splitlines()[-1])
+
+
+def training(args):
+    """Whole steps of train.py, BOOT's and matched ones, at each micro-batch; and a checkpoint's time."""
+    rows, half = [], args.steps // 2
+    for precision in args.precisions:
+        for micro in args.micro_batches:
+            batch = args.batch or max(args.micro_batches)
+            options = ["--steps", args.steps, "--batch", batch, "--micro-batch", micro, "--precision", precision,
+                       "--match-from", half / args.steps, "--warmup", 1, "--save-every", 10**9]
+            measured = run(args, f"training-{precision}-{micro}", *options, saves=not rows)
+            boot, matched = measured["steps"][1:half - 1], measured["steps"][half + 1:]
+            rows.append({"precision": precision, "batch": batch, "micro-batch": micro,
+                         "s a step, BOOT": statistics.median(boot), "matched": statistics.median(matched),
+                         "peak GB": measured["peak"], "saving, s": None if rows else measured["saving"][-1]})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def resume(args):
+    """A run killed after a checkpoint and repeated, against one undisturbed: tensors of the student that differ."""
+    rows = []
+    for precision in args.precisions:
+        options = ["--steps", 24, "--batch", 8, "--precision", precision, "--match-from", 0.4, "--warmup", 2,
+                   "--save-every", 6]
+        run(args, f"whole-{precision}", *options)
+        run(args, f"killed-{precision}", *options, kill_at=12)
+        stood = train.saved_step(args.out / f"killed-{precision}" / train.STATE)
+        run(args, f"killed-{precision}", *options)
+        a, b = (load_file(args.out / f"{name}-{precision}" / "student" / WEIGHTS) for name in ("whole", "killed"))
+        differ = {name: (a[name] - b[name]).abs().max().item() for name in a if not torch.equal(a[name], b[name])}
+        rows.append({"precision": precision, "killed after step": stood, "tensors": len(a), "differ": len(differ),
+                     "by at most": max(differ.values(), default=0.0)})
+    return rows
+
+
+PARTS = {"agreement": agreement, "passes": passes, "training": training, "resume": resume}
+
+
+def main():
+    if sys.argv[1:2] == ["--inner"]:
+        return inner(*sys.argv[2:])
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--teacher", default="tiny")
+    p.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    p.add_argument("--precision", choices=list(PRECISION), help="of `passes` (default: bf16 on cuda, else fp32)")
+    p.add_argument("--precisions", nargs="+", choices=list(PRECISION), default=list(PRECISION),
+                   help="of `training` and `resume`")
+    p.add_argument("--micro-batches", type=int, nargs="+", default=[32])
+    p.add_argument("--batch", type=int, help="of `training` (default: the largest micro-batch)")
+    p.add_argument("--steps", type=int, default=60, help="of `training`, half of them matched")
+    p.add_argument("--repeat", type=int, default=10, help="of `passes`")
+    p.add_argument("--compile", action="store_true", help="`passes` also with compiled blocks")
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, results = args.out / "gpu.json", {}
+    device = pick_device(args.device)
+    results["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
+    print(f"{args.teacher} on {results['device']}, torch {torch.__version__}", flush=True)
+    for part in args.parts:
+        began = time.time()
+        results[part] = PARTS[part](args)
+        print(f"\n{part}, {time.time() - began:.0f} s: {PARTS[part].__doc__}")
+        for row in results[part]:
+            print("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                   for key, value in row.items()), flush=True)
+        write_json(path, results)
+    return None
+
+
+if __name__ == "__main__":
+    command(main)
