@@ -3,34 +3,37 @@
 Regression on a trajectory averages what the student cannot tell apart, and blurs. So that its pictures as a whole have
 the teacher's distribution, noise them, and compare two denoisers there: the teacher, which pulls towards its own
 pictures, and a critic, a second copy of the teacher that learns all along to denoise the student's pictures, and pulls
-towards those. Where they disagree, the student has too many pictures or too few; the difference says which way to go.
+towards those. Where they disagree, the student has too many pictures or too few.
 
     x           the student's picture g(eps, 0); latents, where there is a VAE
     n, tau      fresh Gaussian noise, not eps, and a time; x_tau = alpha_tau * x + sigma_tau * n
     f           the teacher's guided clean prediction f_w(x_tau, tau)
     h           the critic's clean prediction h(x_tau, tau), without guidance
-    d           h - f, up to a factor the gradient of the divergence KL(student || teacher) of the noisy distributions
+
+How far they disagree, || f - h ||^2, is up to a factor the Fisher divergence of the noisy distributions. Its gradient
+would need that of the critic's training; SiD's identity makes of it one that needs only x, f(x_tau) and h(x_tau).
 
 Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
-DMD (Yin et al. 2024, 2311.18828, eq. 7 and 8, without its alpha_tau) for the scale of d, FreeFlow (2511.19428) for
-doing so beside a path that is learned from noise alone. Arguments and shapes as in signal_ode.py; pure functions of
-tensors and of callables.
+SiD (Zhou et al. 2024, 2404.04057, eq. 23 with alpha = 1) for the loss, DMD (Yin et al. 2024, 2311.18828) for its scale,
+FreeFlow (2511.19428) for doing so beside a path that is learned from noise alone. Arguments and shapes as in
+signal_ode.py; pure functions of tensors and of callables.
 """
 
 import torch
 
 from signal_ode import like, noisy
 
-def matching_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
-    """L_M of each sample, (B,): 1/2 || x - stopgrad[x - d / mean|x - f|] ||^2, whose gradient to x is d in units of the
-    teacher's own error. Gradients reach x alone. seen: x as it is painted; pixels beyond those of a picture are clipped
-    there, and so drawn back. teacher, critic: callables (x_t, t, **condition)."""
-    with torch.no_grad():
-        x_tau = noisy(seen, n, tau, schedule)
-        f = teacher(x_tau, tau, **condition)
-        d = critic(x_tau, tau, **condition) - f
-        target = seen - d / like((seen - f).abs().flatten(1).mean(1).clamp(min=1e-6), x)
-    return 0.5 * (x - target).square().flatten(1).mean(1)
+def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
+    """L_M of each sample, (B,). Its value is the divergence, || f - h ||^2, its gradient that of (f - h) . (h - x), also
+    through f and h, both in units of the teacher's own error |x - f|. Gradients reach x alone.
+    teacher, critic: callables (x_t, t, **condition)."""
+    leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
+    x_tau = noisy(leaf, n, tau, schedule)
+    f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
+    unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
+    [gradient] = torch.autograd.grad(((f - h) * (h - leaf) / unit).sum(), leaf)     # a mean's is lost in half precision
+    divergence = ((f - h).square() / unit).detach()
+    return (divergence + gradient * (x - x.detach())).flatten(1).mean(1)
 
 def critic_loss(x, critic, n, tau, schedule, **condition):
     """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2 in units of the network's own output, epsilon, v or sample,

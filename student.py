@@ -74,11 +74,6 @@ class Critic:
         schedule = self.teacher.schedule
         return clean_prediction(self.network(x_t, schedule.index(t), **condition), x_t, t, schedule)
 
-    def denoise(self, x_t, t, **condition):
-        """The same, clipped where the teacher's are, to be compared with them. What is clipped could not learn."""
-        h, clip = self(x_t, t, **condition), self.teacher.clip
-        return h if clip is None else h.clamp(-clip, clip)
-
 def teacher_weights(teacher, guidance):
     """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range
     of guidance it also has a projection of w's embedding, which is zero."""

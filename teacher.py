@@ -122,9 +122,9 @@ class Teacher:
         if prompt or self.text_encoder or "" in self.labels:
             self.uncond = self.encode([prompt])
 
-    @torch.no_grad()
     def denoise(self, x_t, t, w=1.0, **condition):
-        """f_w(x_t, t), the clean prediction after guidance, clipped if the scheduler clips; float32 (B, C, h, w).
+        """f_w(x_t, t), the clean prediction after guidance, clipped if the scheduler clips; float32 (B, C, h, w). The
+        weights are frozen: it has a gradient where x_t has one.
         t: int or (B,), 1..T. w: float or (B,); 1.0 is no guidance, and one pass of the network instead of two."""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         guided = torch.is_tensor(w) or w != 1

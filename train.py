@@ -476,7 +476,7 @@ def train(args, rank, world, local_rank):
     if args.match:
         critic = new_critic(student)
         critic.network.requires_grad_(True)
-        critic.network.checkpointing = args.grad_checkpointing
+        critic.network.checkpointing = teacher.unet.checkpointing = args.grad_checkpointing
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
         limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
@@ -580,19 +580,18 @@ def train(args, rank, world, local_rank):
                 log["boundary"] += L_BC.detach().sum() / num_boundary
 
             # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x (its second pass at
-            # x_tau, with a graph now: the student's is gone)
+            # x_tau: the first one's graph, and the student's, are gone)
             if critic_learns:
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
-                seen = x.detach() if teacher.clip is None else x.detach().clamp(-teacher.clip, teacher.clip)
             if matches:
                 with autocast(device, dtype):
-                    L_M = matching_loss(x, seen, limited, critic.denoise, n, tau, schedule, **condition)
+                    L_M = matching_loss(x, limited, critic, n, tau, schedule, **condition)
                 (grad_scale * args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
                 with autocast(device, dtype):
-                    L_C = critic_loss(seen, critic, n, tau, schedule, **condition)
+                    L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
                 (grad_scale / args.batch * L_C.sum()).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 

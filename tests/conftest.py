@@ -17,6 +17,9 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # read at import: no test ever asks the real hub
+os.environ.pop("HF_HUB_OFFLINE", None)
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")               # for test_gpu.py; all others compare bits, and run two processes
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,17 @@
-"""What only a GPU can show of a teacher and its training: agreement with the CPU, speed, memory, bitwise resume.
+r"""What only a GPU can show of a teacher and its training: agreement with the CPU, speed, memory, bitwise resume.
 
-    python -m tools.gpu                                     the embedded teacher, on a GPU a minute
-    python -m tools.gpu --teacher FOLDER --steps 12         one of full size, such as tools.synthesise makes
-    python -m tools.gpu --device cpu --parts training       also where there is none, in small
+    python -m tools.gpu                                     the embedded teacher, on a GPU two minutes
+    python -m tools.gpu --teacher FOLDER --parts agreement passes training --precisions bf16 --micro-batches 4 16 \
+        --batch 32 --steps 12                               one of full size, such as tools.synthesise makes
+    python -m tools.gpu --device cpu --precisions fp32 --micro-batches 4 --steps 8      where there is none, in small
 
-Prints a table for each part; the figures of all are in OUT/gpu.json.
+Prints the figures of each part; all are in OUT/gpu.json.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -48,8 +50,14 @@ def seconds(call, device, repeat):
     return statistics.median(times[2:])
 
 
+def forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak(device):
-    """GB that torch's allocator held at most; of a CPU nothing is known here."""
+    """GB that torch's allocator held at most since forget_peak; None of a CPU."""
     return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
 
 
@@ -70,7 +78,7 @@ def inputs(teacher, batch):
 
 def agreement(args):
     """Clean predictions of the teacher against the CPU's in float32: ||a - b|| / ||b||."""
-    device, rows = pick_device(args.device), []
+    device = pick_device(args.device)
     reference = load_teacher(args.teacher, torch.device("cpu"), torch.float32)
     x, t, condition = inputs(reference, 2)
     exact = reference.denoise(x, t, **condition)
@@ -81,14 +89,13 @@ def agreement(args):
         with torch.no_grad(), train.autocast(device, dtype):
             f = teacher.denoise(x, t, **condition).float().cpu()
             seen = teacher.decode(exact.to(device)).float().cpu()
-        rows.append({"precision": precision, "prediction": ((f - exact).norm() / exact.norm()).item(),
-                     "decoded picture, 255ths": (seen - pictures).abs().max().item() * 127.5})
-    return rows
+        yield {"precision": precision, "prediction": ((f - exact).norm() / exact.norm()).item(),
+               "decoded picture, 255ths": (seen - pictures).abs().max().item() * 127.5}
 
 
 def passes(args):
     """A training pass of the U-Net, forward and backward, in each layout, eager and with compiled blocks."""
-    device, rows = pick_device(args.device), []
+    device = pick_device(args.device)
     dtype = PRECISION[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
     limit = matmul_rate(device, dtype)
     teacher = load_teacher(args.teacher, device, dtype)
@@ -110,14 +117,12 @@ def passes(args):
 
                 with FlopCounterMode(display=False) as counter:
                     forward_backward()
-                torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+                forget_peak(device)
                 took = seconds(forward_backward, device, args.repeat)
                 rate = counter.get_total_flops() / took
-                rows.append({"blocks": "compiled" if compiled else "eager", "layout": str(layout).split(".")[1],
-                             "micro-batch": batch, "ms a sample": 1e3 * took / batch, "TFLOP/s": rate / 1e12,
-                             "of the matrix product's": rate / limit, "peak GB": peak(device)})
-                print(rows[-1], flush=True)
-    return rows
+                yield {"blocks": "compiled" if compiled else "eager", "layout": str(layout).split(".")[1],
+                       "micro-batch": batch, "ms a sample": 1e3 * took / batch, "TFLOP/s": rate / 1e12,
+                       "of the matrix product's": rate / limit, "peak GB": peak(device)}
 
 
 def inner(saves, *args):
@@ -125,7 +130,7 @@ def inner(saves, *args):
     times, rate = [], train.learning_rate
 
     def learning_rate(*rest):
-        times.append(time.perf_counter())                   # at the start of a step; the one before has ended with item()
+        times.append(time.perf_counter())                   # the step before has ended, with item()
         return rate(*rest)
     train.learning_rate, save = learning_rate, train.save
     took = []
@@ -146,8 +151,8 @@ def inner(saves, *args):
 def run(args, name, *options, saves=True, kill_at=None):
     """A training by tools.gpu's inner part; killed -9 once that step is saved, if asked. Returns what it measured."""
     out = args.out / name
-    child = [sys.executable, "-m", "tools.gpu", "--inner", "saves" if saves else "", "--teacher", str(args.teacher), "--out", str(out),
-             "--sample-every", "0", *map(str, options)]
+    child = [sys.executable, "-m", "tools.gpu", "--inner", "saves" if saves else "", "--teacher", args.teacher,
+             "--out", str(out), "--sample-every", "0", *map(str, options)]
     if args.device:
         child += ["--device", args.device]
     with open(args.out / f"{name}.log", "a+") as log:
@@ -156,8 +161,7 @@ def run(args, name, *options, saves=True, kill_at=None):
             if train.saved_step(out / train.STATE) == str(kill_at):
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.01)
-        process.wait()
-        if process.returncode and not kill_at:
+        if process.wait() and not kill_at:
             raise BadInput(f"training failed: see {log.name}")
         log.seek(0)
         return None if kill_at else json.loads(log.read().splitlines()[-1])
@@ -165,24 +169,22 @@ def run(args, name, *options, saves=True, kill_at=None):
 
 def training(args):
     """Whole steps of train.py, BOOT's and matched ones, at each micro-batch; and a checkpoint's time."""
-    rows, half = [], args.steps // 2
+    half, saving = args.steps // 2, True                    # the first run's checkpoint is timed
     for precision in args.precisions:
         for micro in args.micro_batches:
             batch = args.batch or max(args.micro_batches)
             options = ["--steps", args.steps, "--batch", batch, "--micro-batch", micro, "--precision", precision,
                        "--match-from", half / args.steps, "--warmup", 1, "--save-every", 10**9]
-            measured = run(args, f"training-{precision}-{micro}", *options, saves=not rows)
+            measured = run(args, f"training-{precision}-{micro}", *options, saves=saving)
             boot, matched = measured["steps"][1:half - 1], measured["steps"][half + 1:]
-            rows.append({"precision": precision, "batch": batch, "micro-batch": micro,
-                         "s a step, BOOT": statistics.median(boot), "matched": statistics.median(matched),
-                         "peak GB": measured["peak"], "saving, s": None if rows else measured["saving"][-1]})
-            print(rows[-1], flush=True)
-    return rows
+            yield {"precision": precision, "batch": batch, "micro-batch": micro,
+                   "s a step, BOOT": statistics.median(boot), "matched": statistics.median(matched),
+                   "peak GB": measured["peak"], "saving, s": measured["saving"][-1] if saving else None}
+            saving = False
 
 
 def resume(args):
     """A run killed after a checkpoint and repeated, against one undisturbed: tensors of the student that differ."""
-    rows = []
     for precision in args.precisions:
         options = ["--steps", 24, "--batch", 8, "--precision", precision, "--match-from", 0.4, "--warmup", 2,
                    "--save-every", 6]
@@ -192,9 +194,8 @@ def resume(args):
         run(args, f"killed-{precision}", *options)
         a, b = (load_file(args.out / f"{name}-{precision}" / "student" / WEIGHTS) for name in ("whole", "killed"))
         differ = {name: (a[name] - b[name]).abs().max().item() for name in a if not torch.equal(a[name], b[name])}
-        rows.append({"precision": precision, "killed after step": stood, "tensors": len(a), "differ": len(differ),
-                     "by at most": max(differ.values(), default=0.0)})
-    return rows
+        yield {"precision": precision, "killed after step": stood, "tensors": len(a), "differ": len(differ),
+               "by at most": max(differ.values(), default=0.0)}
 
 
 PARTS = {"agreement": agreement, "passes": passes, "training": training, "resume": resume}
@@ -218,16 +219,19 @@ def main():
     p.add_argument("--repeat", type=int, default=10, help="of `passes`")
     p.add_argument("--compile", action="store_true", help="`passes` also with compiled blocks")
     args = p.parse_args()
+    for name in ("training", "whole", "killed"):            # those of an earlier call
+        for folder in args.out.glob(f"{name}-*/"):
+            shutil.rmtree(folder)
     args.out.mkdir(parents=True, exist_ok=True)
     path, results = args.out / "gpu.json", {}
     device = pick_device(args.device)
     results["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
     print(f"{args.teacher} on {results['device']}, torch {torch.__version__}", flush=True)
     for part in args.parts:
-        began = time.time()
-        results[part] = PARTS[part](args)
-        print(f"\n{part}, {time.time() - began:.0f} s: {PARTS[part].__doc__}")
-        for row in results[part]:
+        print(f"\n{part}: {PARTS[part].__doc__}")
+        results[part] = []
+        for row in PARTS[part](args):
+            results[part].append(row)
             print("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                                    for key, value in row.items()), flush=True)
         write_json(path, results)

@@ -5,7 +5,7 @@
     python -m tools.study --only weight SiD     the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
-begins share that part. Results are kept in runs/study by a hash of the recipe; two rows at once, a core each.
+begins share that part. Results are kept in runs/study by a hash of the recipe, not of the code; two rows at once, a core each.
 plot.png there has quality against the network evaluations of training: a sample's pass is one, with gradient three.
 """
 
@@ -48,7 +48,6 @@ RECIPES = (
     ("weight 1", {"match": 1}, ""),
     ("weight 4", {"match": 4}, ""),
     ("weight by gradient norms", {"match": 1}, "adaptive"),
-    ("d of length one", {}, "unit"),
     ("critic's rate 2e-5", {"critic-lr": 2e-5}, ""),
     ("critic's rate 1e-4", {"critic-lr": 1e-4}, ""),
     ("critic's rate 5e-4", {"critic-lr": 5e-4}, ""),
@@ -66,7 +65,9 @@ RECIPES = (
     ("guidance up to 0.5 T", {"match-until": 0.5}, ""),
     ("cleaner times", {}, "times2"),
     ("noisier times", {}, "times.5"),
-    ("SiD's loss", {}, "sid"),
+    ("noisier times, guidance w", {"match-guidance": 1}, "times.5"),
+    ("the difference of the scores", {}, "difference"),
+    ("that difference, of length one", {}, "unit"),
     ("hard boundary", {}, "hard"),
     ("matching from an early step on", {"match-from": 0.1}, ""),
     ("15 target steps", {"num-steps": 15}, ""),
@@ -89,28 +90,15 @@ def times(power):
     return constant("match_time", lambda u, T: uniform(u**power, T))
 
 
-def sid_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
-    """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, eq. 23, alpha = 1) in place of L_M: (f - h) . (h - x), with the
-    gradient through both networks, and L_M's scale."""
-    limited, (denoise,), limits, critic = teacher.func, teacher.args, teacher.keywords, critic.__self__
-    through = functools.partial(type(denoise.__self__).denoise.__wrapped__, denoise.__self__)       # without no_grad
-    params = list(critic.network.parameters())
-    for p in params:
-        p.requires_grad_(False)
-    x_tau = noisy(x, n, tau, schedule)
-    f, h = limited(through, x_tau, tau, **limits, **condition), critic(x_tau, tau, **condition)
-    for p in params:
-        p.requires_grad_(True)
-    scale = (x - f).detach().abs().flatten(1).mean(1)
-    return ((f - h) * (h - x)).flatten(1).mean(1) / scale
-
-
-def unit_loss(x, seen, teacher, critic, n, tau, schedule, **condition):
-    """L_M with d of length one, instead of in units of the teacher's error."""
+def difference_loss(x, teacher, critic, n, tau, schedule, length=None, **condition):
+    """The loss of Diff-Instruct, SwiftBrush and DMD in place of SiD's: 1/2 || x - stopgrad[x - d] ||^2, whose gradient
+    is d = h - f, up to a factor that of KL(student || teacher); in units of |x - f|, or with d of that length."""
     with torch.no_grad():
-        x_tau = noisy(seen, n, tau, schedule)
-        d = critic(x_tau, tau, **condition) - teacher(x_tau, tau, **condition)
-        target = seen - d / like(d.square().flatten(1).mean(1).sqrt(), x)
+        x_tau = noisy(x, n, tau, schedule)
+        f = teacher(x_tau, tau, **condition)
+        d = critic(x_tau, tau, **condition) - f
+        unit = (x - f).abs().flatten(1).mean(1) if length is None else d.square().flatten(1).mean(1).sqrt() / length
+        target = x - d / like(unit, x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
 
 
@@ -189,7 +177,8 @@ def watched():
 
 
 VARIANTS = {
-    "sid": constant("matching_loss", sid_loss), "unit": constant("matching_loss", unit_loss),
+    "difference": constant("matching_loss", difference_loss),
+    "unit": constant("matching_loss", functools.partial(difference_loss, length=1.0)),
     "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
     "watched": watched, "falling": falling,
     "": lambda: None, "path1": constant("PATH_EVERY", 1), "alone": constant("PATH_EVERY", math.inf),
