@@ -10,8 +10,9 @@ towards those. Where they disagree, the student has too many pictures or too few
     f           the teacher's guided clean prediction f_w(x_tau, tau)
     h           the critic's clean prediction h(x_tau, tau), without guidance
 
-How far they disagree, || f - h ||^2, is up to a factor the Fisher divergence of the noisy distributions. Its gradient
-would need that of the critic's training; SiD's identity makes of it one that needs only x, f(x_tau) and h(x_tau).
+How far they disagree, || f - h ||^2, is up to a factor the Fisher divergence of the noisy distributions. It depends on
+the student through the critic that its pictures make, and no gradient comes back through that training; but that of
+(f - h) . (h - x), with the critic as it is, is on average the same as that of half of it: SiD's identity.
 
 Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
 SiD (Zhou et al. 2024, 2404.04057, eq. 23 with alpha = 1) for the loss, DMD (Yin et al. 2024, 2311.18828) for its scale,
@@ -24,9 +25,9 @@ import torch
 from signal_ode import like, noisy
 
 def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
-    """L_M of each sample, (B,). Its value is the divergence, || f - h ||^2, its gradient that of (f - h) . (h - x), also
-    through f and h, both in units of the teacher's own error |x - f|. Gradients reach x alone.
-    teacher, critic: callables (x_t, t, **condition)."""
+    """L_M of each sample, (B,): in value || f - h ||^2, in gradient that of (f - h) . (h - x), also through f and h; both
+    in units of the teacher's own error |x - f|. Gradients reach x alone. teacher, critic: callables (x_t, t,
+    **condition)."""
     leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
     x_tau = noisy(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)

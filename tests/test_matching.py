@@ -64,7 +64,7 @@ def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
 
 
 def test_a_pixel_beyond_those_of_a_picture_is_drawn_back(schedule):
-    """The teacher's predictions are clipped, and so the critic, which knows the student's, says that it is too bright."""
+    """The teacher's predictions are clipped, and the critic, which knows the student's pictures, is beyond them."""
     x, n, tau = draw(8)
     x, f = (1.3 + 0.01 * x).requires_grad_(), denoiser(schedule, MU, S)
     teacher = lambda x_t, t: f(x_t, t).clamp(-1, 1)

@@ -5,8 +5,9 @@
     python -m tools.study --only weight SiD     the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
-begins share that part. Results are kept in runs/study by a hash of the recipe, not of the code; two rows at once, a core each.
-plot.png there has quality against the network evaluations of training: a sample's pass is one, with gradient three.
+begins share that part. Results are kept in runs/study by a hash of the recipe, not of the code; two rows at once, a
+core each. plot.png there has quality against the network evaluations of training: a sample's pass is one, with its
+gradient to the input two, to the weights three.
 """
 
 import argparse
@@ -201,7 +202,8 @@ def inner(job, args):
 
     def hook(module, inputs):
         if isinstance(module, UNet):
-            count["passes"] += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+            gradient = 1 if inputs[0].requires_grad else 2              # to the input alone, or to the weights as well
+            count["passes"] += len(inputs[0]) * (1 + gradient * torch.is_grad_enabled())
 
     def save_and_count(out, student, state, step, options):
         save(out, student, state, step, options)
