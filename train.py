@@ -108,7 +108,7 @@ def add_options(parser):
     option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: first "
            "it has to paint something (default: %(default)s)")
     option("--match-lr", type=float, help=f"rate from there on {either['match_lr']}; --lr, where that is less")
-    option("--match-guidance", type=float, default=0.75, help="part of w - 1 that the teacher has in it: less gives "
+    option("--match-guidance", type=float, default=1.0, help="part of w - 1 that the teacher has in it: less gives "
            "more variety, more is truer to the prompt (default: %(default)s)")
     option("--match-until", type=float, default=0.7, help="part of T above which the teacher has no guidance in it; 1 "
            "costs variety (default: %(default)s)")
