@@ -10,9 +10,11 @@ towards those. Where they disagree, the student has too many pictures or too few
     f           the teacher's guided clean prediction f_w(x_tau, tau)
     h           the critic's clean prediction h(x_tau, tau), without guidance
 
-How far they disagree, || f - h ||^2, is up to a factor the Fisher divergence of the noisy distributions. It depends on
-the student through the critic that its pictures make, and no gradient comes back through that training; but that of
-(f - h) . (h - x), with the critic as it is, is on average the same as that of half of it: SiD's identity.
+How far they disagree, || f - h ||^2, is on average, up to a factor, the Fisher divergence of the noisy distributions,
+where the critic is right. It changes with the student because the critic follows the student, and that cannot be had by
+backpropagation. But (f - h) . (h - x) is zero on average for every student with its own best critic; so its gradient,
+with the critic's weights as they are, is that of 1/2 || f - h ||^2 through the best critic (SiD's identity). The other
+part of that gradient, through the place x_tau, is left out: SiD's alpha is 1, as there.
 
 Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
 SiD (Zhou et al. 2024, 2404.04057, eq. 23 with alpha = 1) for the loss, DMD (Yin et al. 2024, 2311.18828) for its scale,
@@ -25,14 +27,16 @@ import torch
 from signal_ode import like, noisy
 
 def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
-    """L_M of each sample, (B,): in value || f - h ||^2, in gradient that of (f - h) . (h - x), also through f and h; both
-    in units of the teacher's own error |x - f|. Gradients reach x alone. teacher, critic: callables (x_t, t,
-    **condition)."""
+    """L_M of each sample, (B,). Its gradient is that of (f - h) . (h - x), also through f and h, in units of the
+    teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is || f - h ||^2 in those units.
+    teacher, critic: callables (x_t, t, **condition)."""
     leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
     x_tau = noisy(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
     unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
-    [gradient] = torch.autograd.grad(((f - h) * (h - leaf) / unit).sum(), leaf)     # a mean's is lost in half precision
+    product = ((f - h) * (h - leaf) / unit).sum()           # not the mean, whose gradient would underflow in fp16
+    with torch.autocast(x.device.type, enabled=False):      # a backward pass has the types of its forward pass
+        [gradient] = torch.autograd.grad(product, leaf)
     divergence = ((f - h).square() / unit).detach()
     return (divergence + gradient * (x - x.detach())).flatten(1).mean(1)
 

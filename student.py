@@ -74,6 +74,12 @@ class Critic:
         schedule = self.teacher.schedule
         return clean_prediction(self.network(x_t, schedule.index(t), **condition), x_t, t, schedule)
 
+    def denoise(self, x_t, t, **condition):
+        """The same, to be compared with the teacher's clean prediction. Where that is clipped, this is too, but half as
+        far again: what the student paints beyond has to show, and not the network's error, an epsilon's times 100."""
+        h, clip = self(x_t, t, **condition), self.teacher.clip
+        return h if clip is None else h.clamp(-1.5 * clip, 1.5 * clip)
+
 def teacher_weights(teacher, guidance):
     """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range
     of guidance it also has a projection of w's embedding, which is zero."""

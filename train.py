@@ -562,7 +562,8 @@ def train(args, rank, world, local_rank):
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
-            # losses: L = L_BS + beta * L_BC + match * L_M, each backward on its own: one graph is in memory at a time
+            # losses: L = L_BS + beta * L_BC + match * L_M, each backward on its own: one loss's graphs are in memory at
+            # a time, of L_M those of student, teacher and critic
             if on_path:
                 weight = (1 - contraction(t, s, schedule)).float() ** args.weight
                 with autocast(device, dtype):
@@ -586,7 +587,7 @@ def train(args, rank, world, local_rank):
                     x = student(eps, 0, **condition)
             if matches:
                 with autocast(device, dtype):
-                    L_M = matching_loss(x, limited, critic, n, tau, schedule, **condition)
+                    L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
                 (grad_scale * args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:

@@ -18,7 +18,7 @@ with socket.socket() as free:
     HUB_PORT = free.getsockname()[1]
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # read at import: no test ever asks the real hub
 os.environ.pop("HF_HUB_OFFLINE", None)
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")               # for test_gpu.py; the others compare bits, on a CPU
+WITH_GPU = dict(os.environ)                                 # for test_gpu.py; the others compare bits, on a CPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

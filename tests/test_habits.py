@@ -190,7 +190,7 @@ def test_rows_of_evaluations_picture_have_names(call, quick, tmp_path):
 
 
 def test_tools_run_as_files_too(run):
-    for name in ("evaluate", "bench", "study", "synthesise", "train_tiny"):
+    for name in ("evaluate", "bench", "gpu", "study", "synthesise", "train_tiny"):
         done = run(f"tools/{name}.py", "--help")
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 

@@ -282,7 +282,7 @@ def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeyp
     def mean(x, teacher, critic, n, tau, schedule, **condition):
         _, eps, t, *_ = drawn[-1]
         assert n.shape == eps.shape and not n.equal(eps) and not tau.equal(t) and 20 <= tau.min() <= tau.max() <= 980
-        assert teacher.func is limited_guidance and isinstance(critic, Critic) and "w" in condition
+        assert teacher.func is limited_guidance and isinstance(critic.__self__, Critic) and "w" in condition
         assert x.requires_grad
         means.append(x.mean().item())
         return x.flatten(1).mean(1)

@@ -9,10 +9,11 @@ Prints the figures of each part; all are in OUT/gpu.json.
 """
 
 import argparse
+import functools
+import itertools
 import json
-import os
+import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,12 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import WEIGHTS, BadInput, command, write_json
+from checkpoint import BadInput, command, write_json
 from signal_ode import noisy
 from student import new_student
-from teacher import PRECISION, load_teacher, noise, pick_device
-
-ROOT = Path(__file__).resolve().parent.parent
+from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
 
 
 def wait(device):
@@ -72,23 +71,21 @@ def inputs(teacher, batch):
     """Noised noise, times and a condition for the teacher's U-Net."""
     eps = noise(range(batch), teacher.shape).to(teacher.device)
     t = torch.linspace(1, teacher.schedule.T, batch, device=teacher.device).long()
-    prompts = train.training_prompts(teacher, None)
+    prompts = training_prompts(teacher, None)
     return noisy(eps, eps, t, teacher.schedule), t, teacher.encode([prompts[k % len(prompts)] for k in range(batch)])
 
 
 def agreement(args):
-    """Clean predictions of the teacher against the CPU's in float32: ||a - b|| / ||b||."""
-    device = pick_device(args.device)
+    """Clean predictions of the teacher against the CPU's in float32, ||a - b|| / ||b||; and decoded pictures."""
     reference = load_teacher(args.teacher, torch.device("cpu"), torch.float32)
     x, t, condition = inputs(reference, 2)
     exact = reference.denoise(x, t, **condition)
     pictures = reference.decode(exact)
-    for precision, dtype in PRECISION.items():
-        teacher = load_teacher(args.teacher, device, dtype)
+    for precision in args.precisions:
+        teacher = load_teacher(args.teacher, pick_device(args.device), PRECISION[precision])
         x, t, condition = inputs(teacher, 2)
-        with torch.no_grad(), train.autocast(device, dtype):
-            f = teacher.denoise(x, t, **condition).float().cpu()
-            seen = teacher.decode(exact.to(device)).float().cpu()
+        f = teacher.denoise(x, t, **condition).cpu()
+        seen = teacher.decode(exact.to(teacher.device)).cpu()
         yield {"precision": precision, "prediction": ((f - exact).norm() / exact.norm()).item(),
                "decoded picture, 255ths": (seen - pictures).abs().max().item() * 127.5}
 
@@ -96,70 +93,63 @@ def agreement(args):
 def passes(args):
     """A training pass of the U-Net, forward and backward, in each layout, eager and with compiled blocks."""
     device = pick_device(args.device)
-    dtype = PRECISION[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
-    limit = matmul_rate(device, dtype)
-    teacher = load_teacher(args.teacher, device, dtype)
-    student = new_student(teacher, teacher.schedule.T, 1.0)
-    network = student.network.requires_grad_(True)
-    for compiled in (False, True) if args.compile else (False,):
-        if compiled:
-            for block in (*network.down_blocks, network.mid_block, *network.up_blocks):
-                block.compile()
-        for layout in (torch.contiguous_format, torch.channels_last):
+    for precision, compiled in itertools.product(args.precisions, (False, True) if args.compile else (False,)):
+        dtype = PRECISION[precision]
+        limit = matmul_rate(device, dtype)
+        teacher = load_teacher(args.teacher, device, dtype)
+        student = new_student(teacher, teacher.schedule.T, 1.0)
+        network = student.network.requires_grad_(True)
+        for block in (*network.down_blocks, network.mid_block, *network.up_blocks) if compiled else ():
+            block.compile()
+        for layout, batch in itertools.product((torch.contiguous_format, torch.channels_last), args.micro_batches):
             network.to(memory_format=layout)
-            for batch in args.micro_batches:
-                x, t, condition = inputs(teacher, batch)
-                x = x.to(memory_format=layout)
-
-                def forward_backward():
-                    with train.autocast(device, dtype):
-                        student(x, t, **condition).float().square().mean().backward()
-
-                with FlopCounterMode(display=False) as counter:
-                    forward_backward()
-                forget_peak(device)
-                took = seconds(forward_backward, device, args.repeat)
-                rate = counter.get_total_flops() / took
-                yield {"blocks": "compiled" if compiled else "eager", "layout": str(layout).split(".")[1],
-                       "micro-batch": batch, "ms a sample": 1e3 * took / batch, "TFLOP/s": rate / 1e12,
-                       "of the matrix product's": rate / limit, "peak GB": peak(device)}
+            x, t, condition = inputs(teacher, batch)
+            step = functools.partial(training_pass, student, x.to(memory_format=layout), t, condition, dtype)
+            with FlopCounterMode(display=False) as counter:
+                step()
+            forget_peak(device)
+            took = seconds(step, device, args.repeat)
+            rate = counter.get_total_flops() / took
+            yield {"precision": precision, "blocks": "compiled" if compiled else "eager",
+                   "layout": str(layout).split(".")[1], "micro-batch": batch, "ms a sample": 1e3 * took / batch,
+                   "TFLOP/s": rate / 1e12, "of the matrix product's": rate / limit, "peak GB": peak(device)}
 
 
-def inner(saves, *args):
-    """One training in a process of its own; its last line is what was measured: seconds of each step, peak memory."""
-    times, rate = [], train.learning_rate
+def training_pass(student, x, t, condition, dtype):
+    with train.autocast(x.device, dtype):
+        loss = student(x, t, **condition).square().mean()
+    loss.backward()
+
+
+def inner(*args):
+    """One training in a process of its own; its last line is what was measured: seconds of steps and saving, memory."""
+    times, saving, rate, save = [], [], train.learning_rate, train.save
 
     def learning_rate(*rest):
         times.append(time.perf_counter())                   # the step before has ended, with item()
         return rate(*rest)
-    train.learning_rate, save = learning_rate, train.save
-    took = []
 
     def timed_save(*rest):
         began = time.perf_counter()
-        if saves == "saves":
-            save(*rest)
-        took.append(time.perf_counter() - began)
-    train.save = timed_save
-    sys.argv = ["train.py", *args]
+        save(*rest)
+        saving.append(time.perf_counter() - began)
+    train.learning_rate, train.save, sys.argv = learning_rate, timed_save, ["train.py", *args]
     train.main()
     steps = [b - a for a, b in zip(times, times[1:])]
-    device = pick_device(train.parse_args(args).device)
-    print(json.dumps({"steps": steps, "peak": peak(device), "saving": took}))
+    print(json.dumps({"steps": steps, "peak": peak(pick_device(train.parse_args(args).device)), "saving": saving}))
 
 
-def run(args, name, *options, saves=True, kill_at=None):
-    """A training by tools.gpu's inner part; killed -9 once that step is saved, if asked. Returns what it measured."""
-    out = args.out / name
-    child = [sys.executable, "-m", "tools.gpu", "--inner", "saves" if saves else "", "--teacher", args.teacher,
-             "--out", str(out), "--sample-every", "0", *map(str, options)]
-    if args.device:
-        child += ["--device", args.device]
-    with open(args.out / f"{name}.log", "a+") as log:
-        process = subprocess.Popen(child, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+def run(args, name, *options, kill_at=None):
+    """A training by `inner`; killed once that step is saved, if asked. Returns what it measured."""
+    out = args.out / "runs" / name
+    child = [sys.executable, __file__, "--inner", "--teacher", args.teacher, "--out", out, "--sample-every", 0]
+    child += options
+    child += ["--device", args.device] if args.device else []
+    with open(args.out / "runs" / f"{name}.log", "a+") as log:
+        process = subprocess.Popen(list(map(str, child)), stdout=log, stderr=subprocess.STDOUT)
         while kill_at and process.poll() is None:
             if train.saved_step(out / train.STATE) == str(kill_at):
-                process.send_signal(signal.SIGKILL)
+                process.kill()
             time.sleep(0.01)
         if process.wait() and not kill_at:
             raise BadInput(f"training failed: see {log.name}")
@@ -169,30 +159,28 @@ def run(args, name, *options, saves=True, kill_at=None):
 
 def training(args):
     """Whole steps of train.py, BOOT's and matched ones, at each micro-batch; and a checkpoint's time."""
-    half, saving = args.steps // 2, True                    # the first run's checkpoint is timed
-    for precision in args.precisions:
-        for micro in args.micro_batches:
-            batch = args.batch or max(args.micro_batches)
-            options = ["--steps", args.steps, "--batch", batch, "--micro-batch", micro, "--precision", precision,
-                       "--match-from", half / args.steps, "--warmup", 1, "--save-every", 10**9]
-            measured = run(args, f"training-{precision}-{micro}", *options, saves=saving)
-            boot, matched = measured["steps"][1:half - 1], measured["steps"][half + 1:]
-            yield {"precision": precision, "batch": batch, "micro-batch": micro,
-                   "s a step, BOOT": statistics.median(boot), "matched": statistics.median(matched),
-                   "peak GB": measured["peak"], "saving, s": measured["saving"][-1] if saving else None}
-            saving = False
+    half = args.steps // 2
+    for precision, micro in itertools.product(args.precisions, args.micro_batches):
+        batch = args.batch or max(args.micro_batches)
+        measured = run(args, f"training-{precision}-{micro}", "--steps", args.steps, "--batch", batch, "--micro-batch",
+                       micro, "--precision", precision, "--match-from", half / args.steps, "--warmup", 1,
+                       "--save-every", 10**9)
+        boot, matched = measured["steps"][1:half - 1], measured["steps"][half + 1:]
+        yield {"precision": precision, "batch": batch, "micro-batch": micro, "s a step, BOOT": statistics.mean(boot),
+               "matched": statistics.mean(matched), "peak GB": measured["peak"], "saving, s": measured["saving"][-1]}
+        shutil.rmtree(args.out / "runs" / f"training-{precision}-{micro}")
 
 
 def resume(args):
-    """A run killed after a checkpoint and repeated, against one undisturbed: tensors of the student that differ."""
+    """A run killed after a checkpoint and repeated, against one undisturbed: tensors of the state that differ."""
     for precision in args.precisions:
         options = ["--steps", 24, "--batch", 8, "--precision", precision, "--match-from", 0.4, "--warmup", 2,
                    "--save-every", 6]
         run(args, f"whole-{precision}", *options)
         run(args, f"killed-{precision}", *options, kill_at=12)
-        stood = train.saved_step(args.out / f"killed-{precision}" / train.STATE)
+        stood = train.saved_step(args.out / "runs" / f"killed-{precision}" / train.STATE)
         run(args, f"killed-{precision}", *options)
-        a, b = (load_file(args.out / f"{name}-{precision}" / "student" / WEIGHTS) for name in ("whole", "killed"))
+        a, b = (load_file(args.out / "runs" / f"{name}-{precision}" / train.STATE) for name in ("whole", "killed"))
         differ = {name: (a[name] - b[name]).abs().max().item() for name in a if not torch.equal(a[name], b[name])}
         yield {"precision": precision, "killed after step": stood, "tensors": len(a), "differ": len(differ),
                "by at most": max(differ.values(), default=0.0)}
@@ -210,31 +198,29 @@ def main():
     p.add_argument("--out", type=Path, default=Path("runs/gpu"))
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    p.add_argument("--precision", choices=list(PRECISION), help="of `passes` (default: bf16 on cuda, else fp32)")
-    p.add_argument("--precisions", nargs="+", choices=list(PRECISION), default=list(PRECISION),
-                   help="of `training` and `resume`")
+    p.add_argument("--precisions", nargs="+", choices=list(PRECISION), default=list(PRECISION))
     p.add_argument("--micro-batches", type=int, nargs="+", default=[32])
     p.add_argument("--batch", type=int, help="of `training` (default: the largest micro-batch)")
-    p.add_argument("--steps", type=int, default=60, help="of `training`, half of them matched")
-    p.add_argument("--repeat", type=int, default=10, help="of `passes`")
+    p.add_argument("--steps", type=int, default=60, help="of `training`, half of them matched (default: %(default)s)")
+    p.add_argument("--repeat", type=int, default=10, help="of `passes` (default: %(default)s)")
     p.add_argument("--compile", action="store_true", help="`passes` also with compiled blocks")
     args = p.parse_args()
-    for name in ("training", "whole", "killed"):            # those of an earlier call
-        for folder in args.out.glob(f"{name}-*/"):
-            shutil.rmtree(folder)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path, results = args.out / "gpu.json", {}
+    if args.steps < 8:
+        p.error("--steps is 8 or more")
     device = pick_device(args.device)
-    results["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
-    print(f"{args.teacher} on {results['device']}, torch {torch.__version__}", flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(f"{args.teacher} on {name}, torch {torch.__version__}", flush=True)
+    shutil.rmtree(args.out / "runs", ignore_errors=True)    # those of an earlier call
+    (args.out / "runs").mkdir(parents=True)
+    results = {"device": name}
     for part in args.parts:
         print(f"\n{part}: {PARTS[part].__doc__}")
         results[part] = []
         for row in PARTS[part](args):
             results[part].append(row)
+            write_json(args.out / "gpu.json", results)
             print("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                                    for key, value in row.items()), flush=True)
-        write_json(path, results)
     return None
 
 

@@ -2,17 +2,18 @@
 
     python -m tools.study                       what is not there yet, 5 minutes a row, the last one two hours; the same
                                                 command goes on
-    python -m tools.study --only weight SiD     the rows whose names begin so
+    python -m tools.study --only weight noisier the rows whose names begin so
 
 Each row is `train.py` with other options, or with a function of it replaced (VARIANTS). Rows that agree until matching
-begins share that part. Results are kept in runs/study by a hash of the recipe, not of the code; two rows at once, a
-core each. plot.png there has quality against the network evaluations of training: a sample's pass is one, with its
-gradient to the input two, to the weights three.
+begins share that part. Results are kept in runs/study by a hash of recipe and matching loss; two rows at once, a core
+each. plot.png there has quality against the network evaluations of training: a sample's pass is one, with its gradient
+to the input two, to the weights three.
 """
 
 import argparse
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -90,14 +91,14 @@ def times(power):
     return constant("match_time", lambda u, T: uniform(u**power, T))
 
 
-def difference_loss(x, teacher, critic, n, tau, schedule, length=None, **condition):
+def difference_loss(x, teacher, critic, n, tau, schedule, unit_length=False, **condition):
     """The loss of Diff-Instruct, SwiftBrush and DMD in place of SiD's: 1/2 || x - stopgrad[x - d] ||^2, whose gradient
-    is d = h - f, up to a factor that of KL(student || teacher); in units of |x - f|, or with d of that length."""
+    is d = h - f, up to a factor that of KL(student || teacher); in units of |x - f|, or with d of length one."""
     with torch.no_grad():
         x_tau = noisy(x, n, tau, schedule)
         f = teacher(x_tau, tau, **condition)
         d = critic(x_tau, tau, **condition) - f
-        unit = (x - f).abs().flatten(1).mean(1) if length is None else d.square().flatten(1).mean(1).sqrt() / length
+        unit = d.square().flatten(1).mean(1).sqrt() if unit_length else (x - f).abs().flatten(1).mean(1)
         target = x - d / like(unit, x)
     return 0.5 * (x - target).square().flatten(1).mean(1)
 
@@ -178,7 +179,7 @@ def watched():
 
 VARIANTS = {
     "difference": constant("matching_loss", difference_loss),
-    "unit": constant("matching_loss", functools.partial(difference_loss, length=1.0)),
+    "unit": constant("matching_loss", functools.partial(difference_loss, unit_length=True)),
     "hard": hard_boundary, "adaptive": adaptive_weight, "noclean": no_clean_end,
     "watched": watched, "falling": falling,
     "": lambda: None, "path1": constant("PATH_EVERY", 1), "alone": constant("PATH_EVERY", math.inf),
@@ -271,7 +272,7 @@ def measure(work, recipe, seed, threads):
     """The figures of one recipe and seed: those in its folder, or trained and evaluated now."""
     name, options, variant = recipe
     options = {**BASE, **options, "seed": seed}
-    folder = work / digest(settings(options), variant)
+    folder = work / digest(settings(options), variant, inspect.getsource(train.matching_loss))
     result = folder / "evaluation.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
