@@ -131,7 +131,7 @@ def test_other_options_are_refused_in_a_used_folder(call, trained):
 @pytest.mark.parametrize("options", [
     ["--guidance", "1:6"], ["--solver", "euler"], ["--guidance", "1"], ["--boundary-weight", "0"],
     ["--negative-prompt", "a bag in pink on blue"], ["--input-time", "1000"], ["--num-steps", "25"],
-    ["--weight", "1"], ["--match", "0"], ["--match", "0.1"], ["--match-from", "0.9"], ["--match-guidance", "1"],
+    ["--weight", "1"], ["--match", "0"], ["--match", "0.1"], ["--match-from", "0.9"], ["--match-guidance", "0.5"],
     ["--match-until", "1"], ["--match-lr", "1e-3"], ["--critic-lr", "1e-3"], ["--critic-updates", "2"],
     ["--precision", "bf16"], ["--seed", "1"], ["--lr", "1e-3"], ["--warmup", "7"], ["--decay", "0"],
     ["--ema", "0.1"], ["--prompts", "README.md"]])

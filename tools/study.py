@@ -68,6 +68,7 @@ RECIPES = (
     ("cleaner times", {}, "times2"),
     ("noisier times", {}, "times.5"),
     ("the difference of the scores", {}, "difference"),
+    ("the difference of the scores, guidance 1 + 0.75 (w - 1)", {"match-guidance": 0.75}, "difference"),
     ("that difference, of length one", {}, "unit"),
     ("hard boundary", {}, "hard"),
     ("matching from an early step on", {"match-from": 0.1}, ""),
