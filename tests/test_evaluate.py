@@ -164,7 +164,7 @@ def test_a_row_of_the_study_is_the_run_of_its_options(call, tmp_path, monkeypatc
     """Bitwise, though it begins with a part that it shares with others. One that fails leaves the others alone."""
     options = {"batch": 4, "steps": 6, "match-from": 0.67, "warmup": 1, "sample-every": 0}
     monkeypatch.setattr(study, "BASE", options)
-    whole = [*study.flags(options | {"match-guidance": 1}), "--out", tmp_path / "whole"]
+    whole = [*study.flags(options | {"match-guidance": 0.5}), "--out", tmp_path / "whole"]
     real = study.call
 
     def call_but_not_to_evaluate(folder, threads, job, *args):
@@ -173,7 +173,7 @@ def test_a_row_of_the_study_is_the_run_of_its_options(call, tmp_path, monkeypatc
         return write_json(Path(job["result"]), {"frechet": 30.0})
     monkeypatch.setattr(study, "call", call_but_not_to_evaluate)
     threads = torch.get_num_threads()       # sums on other numbers of threads differ in the last bits
-    row = study.attempt(tmp_path, ("a row", {"match-guidance": 1}, ""), 0, threads)
+    row = study.attempt(tmp_path, ("a row", {"match-guidance": 0.5}, ""), 0, threads)
     assert row["frechet"] == 30.0 and len(list(tmp_path.glob("until-*"))) == 1
     assert call("train", *whole)[0] == 0
     [folder] = (path.parent for path in tmp_path.glob("*/recipe.json"))
