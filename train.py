@@ -15,6 +15,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,8 @@ PATH_EVERY = 5              # of the student's steps, once it is matched, every 
 BETA_1 = 0.9                # Adam's, of BOOT
 MATCH_BETA_1 = 0.0          # of matching: with momentum the critic lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
+MEETING = datetime.timedelta(minutes=30)                    # how long processes wait for others that are loading,
+WAIT = datetime.timedelta(minutes=2)                        # and then in a step: who is later is taken for dead
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
@@ -173,17 +177,38 @@ def torchrun():
         return rank, world, local_rank
 
 def join(rank, world, backend):
-    """Meet the other processes. Says so if that takes long, because one may never come. Raises BadInput."""
+    """Meet the other processes, which may still be downloading. Says so if that takes long, because one may never come.
+    Raises BadInput."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
     patience.daemon = True
     patience.start()
-    try:        # two hours: the others also wait for the first one while it saves and paints
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    try:
+        [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
+        store.set_timeout(MEETING)
+        store = dist.PrefixStore(agree(store, rank, world), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"the processes did not meet at {where}: {error}") from None
     finally:
         patience.cancel()
+
+def agree(store, rank, world):
+    """A name for this start of the processes, the same for all of them, and no other start's: torchrun keeps its store
+    when it restarts them, and in it are still the addresses at which the dead ones listened."""
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world):
+            answer = store.get(f"{own}/{other}").decode()               # waits until it is there
+            store.set(f"{own}/{answer}", "welcome")
+        return own
+    start = None
+    while start is None or not store.check([f"{start}/{own}"]):
+        start = store.get("start").decode()                             # perhaps that of a first process that is dead
+        store.set(f"{start}/{rank}", own)
+        time.sleep(0.1)
+    return start
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
