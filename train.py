@@ -551,8 +551,9 @@ def train(args, rank, world, local_rank):
             save_student(args.out / "student", averaged, step=str(start))
         began = time.time() - rewind_log(args.out / "log.jsonl", start)
 
-    # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one
-    if rank == 0 and args.sample_every and start < args.steps:
+    # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one; by every process, or
+    # the others would have to wait for the first one
+    if args.sample_every and start < args.steps:
         shown_eps = noise(range(8), teacher.shape).to(device)
         shown = teacher.encode([prompts[k * len(prompts) // 8] for k in range(8)])
         in_one_step = functools.partial(averaged, t=0, w=student.pick_guidance())
@@ -678,10 +679,10 @@ def train(args, rank, world, local_rank):
             save(args.out, averaged, state, done, options)
 
         # paint
-        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
+        if args.sample_every and (done % args.sample_every == 0 or last):
             with autocast(device, dtype):
                 student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
-            if teacher_row and student_row:
+            if rank == 0 and teacher_row and student_row:
                 grid = image_grid([teacher_row, student_row], 96)
                 write_file(args.out / "samples" / f"step_{done}.png", functools.partial(grid.save, format="PNG"))
         if stopping:
