@@ -447,6 +447,10 @@ class UNet(nn.Module):
             emb = emb + target_embedding(self.sinusoid(target))
         return emb
 
+    def blocks(self):
+        """What is recomputed, sharded or compiled as a whole."""
+        return (*self.down_blocks, self.mid_block, *self.up_blocks)
+
     def run(self, block, *inputs):
         """block(*inputs). With checkpointing its activations are not kept but recomputed in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():

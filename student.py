@@ -108,12 +108,13 @@ def new_critic(student):
     """The critic of a student, which equals the unguided teacher before training. float32."""
     return Critic(build(UNet, *teacher_weights(student.teacher, student.guidance)), student)
 
-def save_student(folder, student, dtype=torch.float32, **metadata):
+def save_student(folder, student, tensors=None, dtype=torch.float32, **metadata):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
-    what this code needs to call the student. metadata: texts that the weights' file keeps. Raises BadInput."""
+    what this code needs to call the student. tensors: its weights, where they are not those that the network has now.
+    metadata: texts that the weights' file keeps. Raises BadInput."""
     folder, teacher = Path(folder), student.teacher
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in student.network.state_dict().items()}
+               for name, tensor in (tensors or student.network.state_dict()).items()}
     write_json(folder / "config.json", student.network.config)
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,

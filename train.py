@@ -12,48 +12,35 @@ The same command again resumes. Ctrl-C saves and stops.
 import argparse
 import contextlib
 import copy
-import datetime
 import functools
 import hashlib
-import itertools
 import json
 import math
-import os
-import re
 import shlex
-import shutil
-import signal
-import socket
 import sys
-import threading
 import time
-import uuid
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.utils import WeakFileLock
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import (EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, open_tensors, parsing,
-                        read_tensors, write_file, write_json)
+from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
+from run import (Saver, Stop, check_options, check_space, full, hold, join, load, local, newest, reduce_in_backward,
+                 rewind_log, saved_step, shard, together, torchrun, warn_once, whole_tensors)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
-STATE = "state/state.safetensors"                           # below --out, what resume needs
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # of the student's steps, once it is matched, every 5th still has BOOT's losses
 BETA_1 = 0.9                # Adam's, of BOOT
 MATCH_BETA_1 = 0.0          # of matching: with momentum the critic lags behind the student
 MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
-MEETING = datetime.timedelta(minutes=30)                    # how long processes wait for others that are loading,
-WAIT = datetime.timedelta(minutes=2)                        # and then in a step: who is later is taken for dead
 # What suits an embedded teacher, a miniature, and what suits a published one, where no option says otherwise
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "micro_batch": (None, 4), "lr": (5e-4, 1e-5), "warmup": (50, 500),
@@ -125,6 +112,8 @@ def add_options(parser):
     option("--precision", choices=list(PRECISION), help="of the networks' passes; the ddpm teachers' epsilon wants "
            "fp16 or fp32 (default: bf16 on cuda, fp32 elsewhere)")
     option("--grad-checkpointing", action="store_true", help="memory for time: compute blocks twice, keep nothing")
+    option("--shard", action="store_true", help="split networks and their state over the processes (FSDP), where one "
+           "device has no memory for all of them")
     option("--save-every", type=int, help=f"steps between checkpoints {either['save_every']}")
     option("--sample-every", type=int, help=f"steps between pictures {either['sample_every']}; 0 makes none, and "
            "spares the teacher's fifty steps for them")
@@ -160,60 +149,14 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} {value} is not supported: {low} to {high}")
     return args
 
-def torchrun():
-    """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
-    what a cluster left there, and this is the only process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = ", ".join(name for name in names if not os.environ.get(name))
-    size = os.environ.get("WORLD_SIZE") or "1"
-    if missing and size != "1":
-        warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process trains alone", stacklevel=2)
-    if missing or size == "1":
-        return 0, 1, 0
-    with parsing("RANK, WORLD_SIZE and LOCAL_RANK"):
-        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
-        if not 0 <= rank < world:
-            raise ValueError(f"there is no process {rank} of {world}")
-        return rank, world, local_rank
-
-def join(rank, world, backend):
-    """Meet the other processes, which may still be downloading. Says so if that takes long, because one may never come.
-    Raises BadInput."""
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
-    patience.daemon = True
-    patience.start()
-    try:
-        [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
-        store.set_timeout(MEETING)
-        store = dist.PrefixStore(agree(store, rank, world), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"the processes did not meet at {where}: {error}") from None
-    finally:
-        patience.cancel()
-
-def agree(store, rank, world):
-    """A name for this start of the processes, the same for all of them, and no other start's: torchrun keeps its store
-    when it restarts them, and in it are still the addresses at which the dead ones listened."""
-    own = uuid.uuid4().hex
-    if rank == 0:
-        store.set("start", own)
-        for other in range(1, world):
-            answer = store.get(f"{own}/{other}").decode()               # waits until it is there
-            store.set(f"{own}/{answer}", "welcome")
-        return own
-    start = None
-    while start is None or not store.check([f"{start}/{own}"]):
-        start = store.get("start").decode()                             # perhaps that of a first process that is dead
-        store.set(f"{start}/{rank}", own)
-        time.sleep(0.1)
-    return start
-
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
-    if args.batch % world:
-        raise BadInput(f"--batch {args.batch} does not divide over {world} processes")
+    part = world * BOUNDARY_EVERY if args.shard else world              # sharded, all make the same passes
+    if args.batch % part:
+        near = args.batch // part * part
+        fits = f"{near} or {near + part}" if near else part
+        raise BadInput(f"--batch {args.batch} does not divide over {world} processes"
+                       f"{f' by {BOUNDARY_EVERY}, as --shard needs' if args.shard else ''}: {fits} does")
     local_batch = args.batch // world
     micro_batch = args.micro_batch or math.gcd(local_batch, default("micro_batch", args.teacher) or local_batch)
     if local_batch % micro_batch:
@@ -294,130 +237,6 @@ def training_state(network, optimizer, prefix=""):
         state |= {f"{prefix}{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
     return state
 
-@contextlib.contextmanager
-def hold(out):
-    """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, saying who is
-    in it. A folder that is still empty at the end is removed again."""
-    state, lock, holder = out / "state", out / "state" / ".lock", out / "state" / ".holder"
-    with contextlib.ExitStack() as stack:                   # it undoes in reverse order
-        stack.callback(remove_empty, state, out)
-        try:
-            state.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(lock, timeout=0.1))        # where flock works, the kernel frees the dead's
-        except TimeoutError:
-            who = holder.read_text() if holder.exists() else "another process"
-            raise BadInput(f"{who} is training in {out}: wait for it, or choose another --out (if it is gone, remove "
-                           f"{lock})") from None
-        except OSError as error:
-            raise BadInput(f"can't write {out}: {error.strerror or error}") from None
-        stack.callback(remove, holder, lock)
-        write_file(holder, lambda path: path.write_text(
-            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
-        folders = (state, out / "student", out / "samples")
-        left = [path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)]
-        remove(*left, out / "config.json.new", out / "log.jsonl.new")
-        yield
-
-def remove(*paths):
-    for path in paths:
-        with contextlib.suppress(OSError):                  # a folder, or what Windows holds open
-            path.unlink()
-
-def remove_empty(*folders):
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-def save(out, student, state, step, options):
-    """What resume needs, with the options that made it; then the student, so that there is none without its state."""
-    if broken := not_finite(state):
-        raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr, "
-                       "--match-lr or --critic-lr, in another --out")
-    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
-    metadata = {"step": str(step), "options": json.dumps(options)}
-    write_file(out / STATE, lambda path: save_file(tensors, path, metadata))
-    save_student(out / "student", student, step=str(step))
-
-def saved_step(path):
-    """The step, a text, in the metadata of a file of tensors; None if there is no such file, or none that is whole."""
-    with contextlib.suppress(BadInput), open_tensors(path) as file:
-        return (file.metadata() or {}).get("step")
-
-def check_options(out, options):
-    """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
-    student whose state is gone. Before the first save, and for what may change between stretches, all are free."""
-    for path in (out / STATE, *(out / "student" / name for name in (WEIGHTS, "config.json", "student.json"))):
-        if path.is_dir():
-            raise BadInput(f"{path} is a folder, in the way of a file")
-    if not (out / STATE).exists():
-        if (out / "student").exists():
-            raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
-        return
-    try:
-        with open_tensors(out / STATE) as file, parsing(out / STATE):
-            saved = dict(json.loads((file.metadata() or {})["options"]))
-    except BadInput as error:
-        raise BadInput(f"{error}; move {out} away to start anew") from None
-    free = {"steps", "micro_batch", "grad_checkpointing", "device", "save_every", "sample_every"}
-    if saved.get("fingerprint") == options["fingerprint"]:
-        free.add("teacher")                                 # the same one, perhaps in another place
-    differ = [f"{key} {saved.get(key)} there, {value} here" for key, value in options.items()
-              if key not in free and saved.get(key) != value]
-    if differ:
-        raise BadInput(f"{out} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
-
-def resume(path, state):
-    """Fill the state, tensor by tensor, with what save wrote, and return its step; 0 if nothing was saved."""
-    if not path.exists():
-        return 0
-    tensors, metadata = read_tensors(path)
-    theirs, ours = ({name: tensor.shape for name, tensor in some.items()} for some in (tensors, state))
-    wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    wrong += [] if metadata.get("step", "").isdecimal() else [f"step {metadata.get('step')}"]
-    if wrong:
-        raise BadInput(f"{path} is not this run's checkpoint ({', '.join(wrong[:4])}): move its folder away to start "
-                       "anew")
-    for name, tensor in state.items():
-        tensor.copy_(tensors.pop(name))
-    if broken := not_finite(state):
-        raise BadInput(f"{path} is damaged: {broken} is not finite: move its folder away to start anew")
-    return int(metadata["step"])
-
-def not_finite(state):
-    """The name of a tensor with a value that is not finite, which would spoil the student from then on; or None."""
-    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
-
-def check_space(out, state, student):
-    """Raise BadInput if the disk cannot hold a checkpoint, of which a file is whole before it replaces the last one.
-    state, student: bytes of its files. Returns how much it takes, as a text."""
-    files = [path for folder in (out / "state", out / "student") for path in folder.glob("*.safetensors")]
-    need = 2 * state + student - sum(path.stat().st_size for path in files)
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    takes = f"{(state + student) / 1e9:.2f} GB on disk, and {state / 1e9:.2f} more while it is replaced"
-    if need > free:
-        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {takes}")
-    return takes
-
-def rewind_log(path, step):
-    """Drop the lines that a killed run logged after its last checkpoint, and a torn one. What is no record of a step is
-    somebody's remark, and stays. Returns the run's seconds up to that checkpoint."""
-    text = path.read_bytes() if path.exists() else b""
-    kept, seconds = [], 0
-    for line in text.split(b"\n")[:-1]:
-        record = {}
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            kept.append(line)
-        elif record["step"] <= step:
-            kept.append(line)
-            seconds = record["seconds"] if isinstance(record.get("seconds"), (int, float)) else seconds
-    kept = b"".join(line + b"\n" for line in kept)
-    if kept != text:
-        write_file(path, lambda p: p.write_bytes(kept))
-    return seconds
-
 @torch.no_grad()
 def paint(sampler, teacher, eps, condition, micro_batch):
     """The pictures of a sampler (eps, **condition) -> latents, as many at once as training holds: PIL images; or [] and
@@ -432,29 +251,6 @@ def paint(sampler, teacher, eps, condition, micro_batch):
         return []
     return images
 
-def warn_once(message, *_):
-    """Print a warning and silence those that begin alike: a prompt file may have thousands of prompts that are cut."""
-    print(f"warning: {message} (others like it are not shown)", file=sys.stderr)
-    warnings.filterwarnings("ignore", re.escape(str(message)[:20]))
-
-class Stop:
-    """Handler of SIGTERM, SIGHUP and Ctrl-C: the loop ends its step, saves and stops; a second Ctrl-C stops it now."""
-    asked = interrupted = False
-
-    def __init__(self, speaks):
-        self.speaks = speaks
-        for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:           # as nohup sets it
-                signal.signal(number, self)
-
-    def __call__(self, number, _):
-        if number == signal.SIGINT and self.asked:
-            raise KeyboardInterrupt
-        if self.speaks and not self.asked:
-            with contextlib.suppress(OSError):              # not print, which may be at work already
-                os.write(2, b"\nstopping after this step; Ctrl-C now stops at once, without saving\n")
-        self.asked, self.interrupted = True, self.interrupted or number == signal.SIGINT
-
 def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
@@ -468,11 +264,10 @@ def train(args, rank, world, local_rank):
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = PRECISION[args.precision]
     grad_scale = 2.0**10 if args.precision == "fp16" else 1.0               # fp16 flushes less than 6e-8 to zero
+    scale = grad_scale * (world if args.shard else 1)       # FSDP takes the mean over the processes, and this is a sum
     warnings.showwarning = warn_once if rank == 0 else lambda *_: None
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        join(rank, world, "nccl" if device.type == "cuda" else "gloo")
+    if args.shard and world == 1:
+        raise BadInput("--shard splits the networks over several processes: start it with torchrun")
 
     # ---- Teacher
     teacher = load_teacher(args.teacher, device, dtype)
@@ -483,8 +278,25 @@ def train(args, rank, world, local_rank):
     options = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
     options |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
+
+    # ---- Resume, first part: which checkpoint; the first process looks
+    folder, start, student_is_saved = None, 0, True
     if rank == 0:
-        check_options(args.out, options)
+        folder, saved = newest(args.out)
+        check_options(args.out, options, saved and saved["options"])
+        if saved:
+            start, step_of_student = saved["step"], saved_step(args.out / "student" / WEIGHTS)
+            student_is_saved = step_of_student == str(start)                # or else a crash left an older one
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        join(rank, world, "nccl" if device.type == "cuda" else "gloo")
+        news = [folder, start, student_is_saved, options]
+        with together(rank):
+            dist.broadcast_object_list(news, 0, device=device)
+        folder, start, student_is_saved, theirs = news
+        if theirs != options:
+            raise BadInput(f"process {rank} has other options or another teacher than the first one: {options}")
 
     # ---- Student: the network that is trained, and the one that is saved, the moving average (ema) of its weights
     student = new_student(teacher, args.input_time, args.guidance)
@@ -493,6 +305,9 @@ def train(args, rank, world, local_rank):
         averaged = Student(copy.deepcopy(student.network), teacher, args.input_time, args.guidance)
     student.network.requires_grad_(True)
     student.network.checkpointing = args.grad_checkpointing
+    if args.shard:
+        for network in {student.network, averaged.network, teacher.unet}:
+            shard(network, device, dtype)
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
 
@@ -502,24 +317,24 @@ def train(args, rank, world, local_rank):
         critic = new_critic(student)
         critic.network.requires_grad_(True)
         critic.network.checkpointing = teacher.unet.checkpointing = args.grad_checkpointing
+        if args.shard:
+            shard(critic.network, device, dtype)
         critic_params = list(critic.network.parameters())
         critic_optimizer = new_optimizer(critic_params, args.critic_lr, device)
         limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
                                     until=args.match_until * schedule.T)
 
-    # ---- Resume: the first process reads the checkpoint, and the others get it from there
+    # ---- Resume, second part: every process reads what it holds
     state = training_state(student.network, optimizer)
     if args.ema:
         state |= {f"ema.{name}": p for name, p in averaged.network.named_parameters()}
+        averages = [local(p) for p in averaged.network.parameters()]
+        weights = [local(p.detach()) for p in params]
     if args.match:
         state |= training_state(critic.network, critic_optimizer, "critic_")
-    step = torch.zeros((), dtype=torch.int64, device=device)
-    if rank == 0:
-        step.fill_(resume(args.out / STATE, state))
-    if world > 1:
-        for tensor in (step, *state.values()):
-            dist.broadcast(tensor, 0)
-    start = done = step.item()
+    if folder:
+        load(folder, state)
+    done = start
     critic_from = match_from = args.steps
     if args.match:
         critic_steps = int(critic_optimizer.state[critic_params[0]]["step"])
@@ -531,10 +346,11 @@ def train(args, rank, world, local_rank):
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
     if rank == 0:
-        takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
+        takes = check_space(args.out, *(sum(t.numel() * t.element_size() for t in part) for part in
+                                        (state.values(), params)))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
-        held = sum(t.nbytes for t in (*state.values(), *params, *critic_params))            # with as many gradients
-        held += sum(p.nbytes for part in frozen for p in part.parameters())
+        held = sum(local(t).nbytes for t in (*state.values(), *params, *critic_params))     # with as many gradients
+        held += sum(local(p).nbytes for part in frozen for p in part.parameters())
         matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
@@ -547,9 +363,13 @@ def train(args, rank, world, local_rank):
     stop = Stop(speaks=rank == 0)
     if rank == 0:
         write_json(args.out / "config.json", options)       # for people
-        if start and saved_step(args.out / "student" / WEIGHTS) != str(start):          # a crash left an older one
-            save_student(args.out / "student", averaged, step=str(start))
         began = time.time() - rewind_log(args.out / "log.jsonl", start)
+
+    if not student_is_saved:
+        tensors = whole_tensors(averaged, rank, copy=False)
+        if rank == 0:
+            save_student(args.out / "student", averaged, tensors, step=str(start))
+    saver = Saver(args.out, options, rank, world, start)
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one; by every process, or
     # the others would have to wait for the first one
@@ -588,23 +408,27 @@ def train(args, rank, world, local_rank):
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
-            # losses: L = L_BS + beta * L_BC + match * L_M, each backward on its own: one loss's graphs are in memory at
+            # losses: L = beta * L_BC + L_BS + match * L_M, each backward on its own: one loss's graphs are in memory at
             # a time, of L_M those of student, teacher and critic
+            last_part = samples.stop == (rank + 1) * local_batch            # of the step
+            boundary = slice(-first % BOUNDARY_EVERY, None, BOUNDARY_EVERY)
+            if on_path and args.boundary_weight and len(eps[boundary]):
+                reduce_in_backward(student.network, False)
+                with autocast(device, dtype):
+                    L_BC = boundary_loss(student, teacher.denoise, eps[boundary], schedule,
+                                         **select(condition, boundary))
+                (scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
+                log["boundary"] += L_BC.detach().sum() / num_boundary
             if on_path:
+                reduce_in_backward(student.network, last_part and not matches)
                 weight = (1 - contraction(t, s, schedule)).float() ** args.weight
                 with autocast(device, dtype):
                     L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight,
                                           **condition)
-                (grad_scale / args.batch * L_BS.sum()).backward()
+                (scale / args.batch * L_BS.sum()).backward()
                 bins = schedule.index(t) * BINS // schedule.T               # (B,): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
-            rows = [row for row, sample in enumerate(samples) if on_path and sample % BOUNDARY_EVERY == 0]
-            if rows and args.boundary_weight:
-                with autocast(device, dtype):
-                    L_BC = boundary_loss(student, teacher.denoise, eps[rows], schedule, **select(condition, rows))
-                (grad_scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
-                log["boundary"] += L_BC.detach().sum() / num_boundary
 
             # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x (its second pass at
             # x_tau: the first one's graph, and the student's, are gone)
@@ -612,21 +436,25 @@ def train(args, rank, world, local_rank):
                 with autocast(device, dtype), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
             if matches:
+                reduce_in_backward(student.network, last_part)
+                reduce_in_backward(critic.network, False)
                 with autocast(device, dtype):
                     L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
-                (grad_scale * args.match / args.batch * L_M.sum()).backward()
+                (scale * args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
+                reduce_in_backward(critic.network, last_part)
                 with autocast(device, dtype):
                     L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
-                (grad_scale / args.batch * L_C.sum()).backward()
+                (scale / args.batch * L_C.sum()).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
         learning = [*(params if student_learns else ()), *(critic_params if critic_learns else ())]
         if world > 1:
-            for tensor in (*log.values(), *(p.grad for p in learning)):
-                dist.all_reduce(tensor)
+            with together(rank):
+                for tensor in (*log.values(), *(p.grad for p in learning if not args.shard)):
+                    dist.all_reduce(tensor)
 
         # step
         if grad_scale != 1:
@@ -638,10 +466,10 @@ def train(args, rank, world, local_rank):
         if matches:
             losses["matching"] = log["matching"].item()
         if student_learns:
-            norms["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            norms["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
         if critic_learns:
             losses["critic"] = log["critic"].item()
-            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic_params, 1.0).item()
+            norms["critic_grad_norm"] = full(torch.nn.utils.clip_grad_norm_(critic_params, 1.0)).item()
         if broken := [name for name, value in (losses | norms).items() if not math.isfinite(value)]:
             advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
             advice += " or fp32, in another --out"
@@ -660,8 +488,7 @@ def train(args, rank, world, local_rank):
         # average
         if args.ema and student_learns:
             ema_decay = min(args.ema, done / (done + 9))    # shorter memory at first, to forget the untrained weights
-            for average, p in zip(averaged.network.parameters(), params):
-                average.lerp_(p.detach(), 1 - ema_decay)
+            torch._foreach_lerp_(averages, weights, 1 - ema_decay)
 
         # log
         last = done == args.steps
@@ -675,8 +502,8 @@ def train(args, rank, world, local_rank):
                 file.write(json.dumps(line) + "\n")
 
         # save
-        if rank == 0 and (done % args.save_every == 0 or last or stopping):
-            save(args.out, averaged, state, done, options)
+        if done % args.save_every == 0 or last or stopping:
+            saver.save(state, averaged, done)
 
         # paint
         if args.sample_every and (done % args.sample_every == 0 or last):
@@ -688,6 +515,7 @@ def train(args, rank, world, local_rank):
         if stopping:
             break
 
+    saver.wait()
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and done < args.steps:
