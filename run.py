@@ -2,14 +2,14 @@
 
     rank, world, local_rank = torchrun()
     with hold(out):                                         # nobody else trains there
-        folder, saved = newest(out)                         # the last whole checkpoint, or (None, None)
+        step, folder, saved = newest(out)                   # the last whole checkpoint
         join(rank, world, "nccl")
         load(folder, state)
-        saver = Saver(out, options, rank, world)
+        saver = Saver(out, options, rank, world, step, writer)          # writer: a ThreadPoolExecutor
         saver.save(state, student, step)                    # state/step_N, and then student/
 
 A checkpoint is a folder of safetensors, of which every process writes its part (torch.distributed.checkpoint), and
-checkpoint.json: the step, the options that made it, the sha256 of each file. Any number of processes reads it. It has
+checkpoint.json: the options that made it, the sha256 of each file. Any number of processes reads it. It has
 another name until it is on disk, all of it; so a crash at any moment leaves the one before.
 """
 
@@ -28,7 +28,6 @@ import threading
 import time
 import uuid
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -171,27 +170,29 @@ def checkpoints(out):
     return dict(sorted(found.items(), reverse=True))
 
 def newest(out):
-    """(folder, what its checkpoint.json says) of the last checkpoint that is whole, (None, None) if there never was
-    one. Warns of a damaged one. Raises BadInput if all are."""
+    """(step, folder, options) of the last checkpoint that is whole, (0, None, None) if there never was one. Warns of a
+    damaged one. Raises BadInput if all are."""
     damaged = []
-    for folder in checkpoints(out).values():
+    for step, folder in checkpoints(out).items():
         try:
-            info = whole(folder)
+            options = whole(folder)
         except BadInput as error:
             damaged.append(str(error))
             continue
         for error in damaged:
             warnings.warn(f"{error}: going on from {folder.name}", stacklevel=2)
-        return folder, info
+        return step, folder, options
     if damaged:
         raise BadInput(f"{damaged[0]}; move {out} away to start anew")
-    return None, None
+    return 0, None, None
 
 def whole(folder):
-    """What a checkpoint's checkpoint.json says, if all its files are as they were written. Raises BadInput."""
+    """The options of a checkpoint, if all its files are as they were written. Raises BadInput."""
     info = read_json(folder / INFO)
     with parsing(folder / INFO):
-        info = {"step": int(info["step"]), "options": dict(info["options"]), "files": dict(info["files"])}
+        info = {"options": dict(info["options"]), "files": dict(info["files"])}
+        if set(info["files"]) != {path.name for path in folder.glob("*.safetensors")}:
+            raise BadInput(f"{folder} has not the files that it is made of: {', '.join(info['files'])}")
     for name, written in info["files"].items():
         try:
             found = sha256(folder / name)
@@ -199,7 +200,7 @@ def whole(folder):
             raise BadInput(f"{folder / name}: {error.strerror or error}") from None
         if found != written:
             raise BadInput(f"{folder / name} is damaged: it has another sha256 than when it was written")
-    return info
+    return info["options"]
 
 def sha256(path):
     with open(path, "rb") as file:
@@ -240,10 +241,10 @@ class Saver:
     """Writes checkpoints, one at a time; beside the computation, where the machine has memory for a copy of a process's
     part. All processes call it at the same steps. Errors of writing are raised by the next call: BadInput."""
 
-    def __init__(self, out, options, rank, world, step):
+    def __init__(self, out, options, rank, world, step, writer):
         self.out, self.options, self.rank, self.world, self.step = out, options, rank, world, step
         self.group = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None    # for a thread of its own
-        self.thread, self.writing = ThreadPoolExecutor(1), None
+        self.writer, self.writing = writer, None
 
     def save(self, state, student, step):
         """Save the state, and then the student, so that there is none without its state."""
@@ -263,7 +264,7 @@ class Saver:
         tensors = whole_tensors(student, self.rank, copy=beside)
         with writing(folder):
             done = save(part, storage_writer=writer, process_group=self.group, no_dist=self.world == 1)
-        self.writing = self.thread.submit(self.complete, done if beside else None, folder, student, tensors, step)
+        self.writing = self.writer.submit(self.complete, done if beside else None, folder, student, tensors, step)
         if not beside:
             self.wait()
 
@@ -275,7 +276,7 @@ class Saver:
             if self.rank > 0:
                 return
             files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-            write_json(folder / INFO, {"step": step, "options": self.options, "files": files})
+            write_json(folder / INFO, {"options": self.options, "files": files})
             final = folder.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)        # a damaged one
             folder.rename(final)

@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -254,10 +255,11 @@ def paint(sampler, teacher, eps, condition, micro_batch):
 def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
-    with hold(args.out) if rank == 0 and not args.dry_run else contextlib.nullcontext():
-        train(args, rank, world, local_rank)
+    held = hold(args.out) if rank == 0 and not args.dry_run else contextlib.nullcontext()
+    with held, ThreadPoolExecutor(1) as writer:             # of checkpoints: what it has begun is finished in any case
+        train(args, rank, world, local_rank, writer)
 
-def train(args, rank, world, local_rank):
+def train(args, rank, world, local_rank, writer):
     # ---- Processes: one, or those of torchrun, each with an equal share of the batch
     local_batch, micro_batch = split_batch(args, world)
     device = pick_device(args.device, local_rank)
@@ -280,21 +282,20 @@ def train(args, rank, world, local_rank):
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
 
     # ---- Resume, first part: which checkpoint; the first process looks
-    folder, start, student_is_saved = None, 0, True
+    start, folder, student_is_saved = 0, None, True
     if rank == 0:
-        folder, saved = newest(args.out)
-        check_options(args.out, options, saved and saved["options"])
-        if saved:
-            start, step_of_student = saved["step"], saved_step(args.out / "student" / WEIGHTS)
-            student_is_saved = step_of_student == str(start)                # or else a crash left an older one
+        start, folder, saved = newest(args.out)
+        check_options(args.out, options, saved)
+        if folder:                                          # a crash leaves an older student
+            student_is_saved = saved_step(args.out / "student" / WEIGHTS) == str(start)
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         join(rank, world, "nccl" if device.type == "cuda" else "gloo")
-        news = [folder, start, student_is_saved, options]
+        news = [start, folder, student_is_saved, options]
         with together(rank):
             dist.broadcast_object_list(news, 0, device=device)
-        folder, start, student_is_saved, theirs = news
+        start, folder, student_is_saved, theirs = news
         if theirs != options:
             raise BadInput(f"process {rank} has other options or another teacher than the first one: {options}")
 
@@ -369,7 +370,7 @@ def train(args, rank, world, local_rank):
         tensors = whole_tensors(averaged, rank, copy=False)
         if rank == 0:
             save_student(args.out / "student", averaged, tensors, step=str(start))
-    saver = Saver(args.out, options, rank, world, start)
+    saver = Saver(args.out, options, rank, world, start, writer)
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one; by every process, or
     # the others would have to wait for the first one

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from checkpoint import TINY, WEIGHTS, command
 from conftest import ROOT
+from run import checkpoints
 from teacher import compose_prompts
 from train import learning_rate
 
@@ -75,7 +76,7 @@ def wait_for(path, process):
 
 def test_killed_run_resumes_bitwise(run, trained, tmp_path):
     process = start(*SHORT, "--out", tmp_path)
-    wait_for(tmp_path / "state" / "state.safetensors", process)
+    wait_for(tmp_path / "state" / "step_2", process)
     process.kill()                                                          # -9: no handler runs
     process.wait()
     done = run(*SHORT, "--out", tmp_path)
@@ -97,7 +98,7 @@ def test_stopped_run_saves_at_the_next_step(run, trained, tmp_path, number, code
     process.send_signal(number)
     output = process.communicate()[0]
     assert process.returncode == code and "stopping after this step" in output and "stopped at step" in output, output
-    assert (tmp_path / "state" / "state.safetensors").exists(), output
+    assert len(checkpoints(tmp_path)) == 1, output
     assert run(*SHORT, "--out", tmp_path, "--save-every", 1000).returncode == 0
     assert_bitwise_equal(tmp_path, trained[0])
 
@@ -301,11 +302,12 @@ def test_student_of_another_teacher_is_refused(call, trained, tmp_path):
 
 def test_broken_checkpoint_is_named_and_kept(call, trained, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "run")
-    state = out / "state" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
+    files = [file for folder in checkpoints(out).values() for file in folder.glob("*.safetensors")]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
     code, _, stderr = call("train", *SHORT[1:], "--out", out, "--steps", 8)
-    assert code == 2 and "is not a whole safetensors file" in stderr and f"move {out} away to start anew" in stderr
-    assert state.stat().st_size == 1000
+    assert code == 2 and f"{files[0]} is damaged" in stderr and f"move {out} away to start anew" in stderr
+    assert all(file.stat().st_size == 1000 for file in files)
     assert_bitwise_equal(out, trained[0])
 
 

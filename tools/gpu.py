@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
 from checkpoint import BadInput, command, write_json
 from signal_ode import noisy
+from run import Saver, checkpoints
 from student import new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
+from tools.kill import differences
 
 
 def wait(device):
@@ -123,7 +124,7 @@ def training_pass(student, x, t, condition, dtype):
 
 def inner(*args):
     """One training in a process of its own; its last line is what was measured: seconds of steps and saving, memory."""
-    times, saving, rate, save = [], [], train.learning_rate, train.save
+    times, saving, rate, save = [], [], train.learning_rate, Saver.save
 
     def learning_rate(*rest):
         times.append(time.perf_counter())                   # the step before has ended, with item()
@@ -133,7 +134,7 @@ def inner(*args):
         began = time.perf_counter()
         save(*rest)
         saving.append(time.perf_counter() - began)
-    train.learning_rate, train.save, sys.argv = learning_rate, timed_save, ["train.py", *args]
+    train.learning_rate, Saver.save, sys.argv = learning_rate, timed_save, ["train.py", *args]
     train.main()
     steps = [b - a for a, b in zip(times, times[1:])]
     print(json.dumps({"steps": steps, "peak": peak(pick_device(train.parse_args(args).device)), "saving": saving}))
@@ -148,7 +149,7 @@ def run(args, name, *options, kill_at=None):
     with open(args.out / "runs" / f"{name}.log", "a+") as log:
         process = subprocess.Popen(list(map(str, child)), stdout=log, stderr=subprocess.STDOUT)
         while kill_at and process.poll() is None:
-            if train.saved_step(out / train.STATE) == str(kill_at):
+            if kill_at in checkpoints(out):
                 process.kill()
             time.sleep(0.01)
         if process.wait() and not kill_at:
@@ -178,11 +179,10 @@ def resume(args):
                    "--save-every", 6]
         run(args, f"whole-{precision}", *options)
         run(args, f"killed-{precision}", *options, kill_at=12)
-        stood = train.saved_step(args.out / "runs" / f"killed-{precision}" / train.STATE)
+        stood = next(iter(checkpoints(args.out / "runs" / f"killed-{precision}")))
         run(args, f"killed-{precision}", *options)
-        a, b = (load_file(args.out / "runs" / f"{name}-{precision}" / train.STATE) for name in ("whole", "killed"))
-        differ = {name: (a[name] - b[name]).abs().max().item() for name in a if not torch.equal(a[name], b[name])}
-        yield {"precision": precision, "killed after step": stood, "tensors": len(a), "differ": len(differ),
+        differ = differences(*(args.out / "runs" / f"{name}-{precision}" for name in ("whole", "killed")))
+        yield {"precision": precision, "killed after step": stood, "differ": len(differ),
                "by at most": max(differ.values(), default=0.0)}
 
 

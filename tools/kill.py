@@ -1,4 +1,4 @@
-"""Kill training at random moments, again and again: is the student bitwise that of an undisturbed run?
+"""Kill training at random moments, again and again: is the state bitwise that of an undisturbed run?
 
     python -m tools.kill                                20 kills of one process, 5 min on two cores
     python -m tools.kill --processes 2 --kills 10       one of two at a time, which torchrun has to restart; Linux
@@ -18,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import WEIGHTS, BadInput, command
+from checkpoint import BadInput, command
+from run import checkpoints, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--save-every", 2, "--sample-every", 0)
@@ -47,10 +49,20 @@ def workers(process):
     return []
 
 
-def differ(out, other):
-    """How many tensors of two students are not bitwise equal. (Their files' headers have no fixed order.)"""
-    ours, theirs = (load_file(folder / "student" / WEIGHTS) for folder in (out, other))
-    return sum(not tensor.equal(theirs[name]) for name, tensor in ours.items())
+def read_state(out):
+    """{name: tensor} of a run's last checkpoint, whichever processes wrote it."""
+    folder = next(iter(checkpoints(out).values()))
+    saved = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in saved.items()}
+    load(folder, state)
+    return state
+
+
+def differences(out, other):
+    """{name: largest difference} of the tensors of two runs' states that are not bitwise equal."""
+    ours, theirs = read_state(out), read_state(other)
+    return {name: (tensor - theirs[name]).abs().max().item() for name, tensor in ours.items()
+            if not tensor.equal(theirs[name])}
 
 
 def finish(process, out, seconds=None):
@@ -99,9 +111,9 @@ def main():
             else:
                 process.wait()
                 print()
-        if wrong := differ(out / "whole", out / "killed"):
-            raise BadInput(f"after {kills} kills {wrong} tensors of the student are others: {out / 'killed'}")
-    print(f"{kills} kills: every student was bitwise the undisturbed one")
+        if wrong := differences(out / "whole", out / "killed"):
+            raise BadInput(f"after {kills} kills {len(wrong)} tensors of the state are others: {out / 'killed'}")
+    print(f"{kills} kills: every state was bitwise the undisturbed one")
 
 
 if __name__ == "__main__":

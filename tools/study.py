@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import BadInput, command, open_tensors, read_json, write_file, write_json
+from checkpoint import BadInput, command, read_json, write_file, write_json
 from model import UNet
+from run import INFO, Saver, checkpoints
 from signal_ode import like, noisy
 from student import load_student
 from tools.evaluate import STEPS, Evaluation, drift, teacher_rows
@@ -170,12 +170,13 @@ def falling():
 
 def watched():
     """The student of every checkpoint is kept, to be measured: does a long run collapse?"""
-    save = train.save
+    save = Saver.save
 
-    def save_and_keep(out, student, state, step, options):
-        save(out, student, state, step, options)
-        shutil.copytree(out / "student", out / f"step_{step}", dirs_exist_ok=True)
-    train.save = save_and_keep
+    def save_and_keep(self, state, student, step):
+        save(self, state, student, step)
+        self.wait()
+        shutil.copytree(self.out / "student", self.out / f"step_{step}", dirs_exist_ok=True)
+    Saver.save = save_and_keep
 
 
 VARIANTS = {
@@ -198,7 +199,7 @@ def inner(job, args):
         row, _ = evaluation.measure(evaluation.one_step(), "student", reference, solution)
         return write_json(Path(job["result"]), row | {"aim": aim["frechet"], "drift": drift(row, aim)})
     VARIANTS[job.get("variant", "")]()
-    save, passes = train.save, Path(job["passes"])
+    save, passes = Saver.save, Path(job["passes"])
     count = read_json(passes) if passes.exists() else {"passes": 0}
 
     def hook(module, inputs):
@@ -206,13 +207,14 @@ def inner(job, args):
             gradient = 1 if inputs[0].requires_grad else 2              # to the input alone, or to the weights as well
             count["passes"] += len(inputs[0]) * (1 + gradient * torch.is_grad_enabled())
 
-    def save_and_count(out, student, state, step, options):
-        save(out, student, state, step, options)
+    def save_and_count(self, state, student, step):
+        save(self, state, student, step)
+        self.wait()
         write_json(passes, count)                           # with the state: what is lost of a run is not counted
         if step == job.get("until"):
             sys.exit()
     register_module_forward_pre_hook(hook)
-    train.save, sys.argv = save_and_count, ["train.py", *args]
+    Saver.save, sys.argv = save_and_count, ["train.py", *args]
     return command(train.main)
 
 
@@ -255,18 +257,17 @@ def begin(work, folder, options, variant, threads):
     early = variant if variant == "hard" else ""
     prefix = work / f"until-{digest({k: v for k, v in settings(options).items() if k not in LATER}, match_from, early)}"
     with LOCKS.setdefault(prefix, threading.Lock()):
-        if train.saved_step(prefix / train.STATE) != str(until):
+        if until not in checkpoints(prefix):
             prefix.mkdir(parents=True, exist_ok=True)
             saving = {**options, "save-every": math.gcd(until, 100)}
             call(prefix, threads, {"until": until, "variant": early}, *flags(saving), "--out", prefix)
-    with open_tensors(prefix / train.STATE) as file:
-        metadata = file.metadata()
-    saved = json.loads(metadata["options"])
-    saved |= {name: getattr(args, name) for name in LATER}
-    metadata["options"] = json.dumps(saved)
     shutil.copy(prefix / "passes.json", folder)
-    tensors = load_file(prefix / train.STATE)
-    write_file(folder / train.STATE, lambda path: save_file(tensors, path, metadata))
+    state = folder / "state" / f"step_{until}"
+    half = shutil.copytree(checkpoints(prefix)[until], state.with_suffix(".new"), dirs_exist_ok=True)
+    info = read_json(half / INFO)
+    info["options"] |= {name: getattr(args, name) for name in LATER}
+    write_json(half / INFO, info)
+    half.rename(state)
 
 
 def measure(work, recipe, seed, threads):
@@ -278,15 +279,15 @@ def measure(work, recipe, seed, threads):
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "recipe.json", {"name": name, "options": options, "variant": variant})
-        if not (folder / train.STATE).exists():
+        if not checkpoints(folder):
             begin(work, folder, options, variant, threads)
         call(folder, threads, {"variant": variant}, *flags(options), "--out", folder)
         for student in (*folder.glob("step_*"), folder / "student"):
             call(folder, threads, {"evaluate": str(student), "result": str(student / "evaluation.json")})
         (folder / "student" / "evaluation.json").rename(result)
-        (folder / train.STATE).unlink()
-    checkpoints = {path.parent.name: read_json(path) for path in folder.glob("step_*/evaluation.json")}
-    return read_json(result) | read_json(folder / "passes.json") | {"checkpoints": checkpoints}
+        shutil.rmtree(folder / "state")
+    on_the_way = {path.parent.name: read_json(path) for path in folder.glob("step_*/evaluation.json")}
+    return read_json(result) | read_json(folder / "passes.json") | {"on_the_way": on_the_way}
 
 
 def attempt(*row):
@@ -348,7 +349,7 @@ def main():
                 print(f"| | {name} | {seed} | {row} | | | | | |", flush=True)
                 continue
             results.append(row)
-            for step, figures in sorted(row["checkpoints"].items(), key=lambda item: int(item[0].split("_")[1])):
+            for step, figures in sorted(row["on_the_way"].items(), key=lambda item: int(item[0].split("_")[1])):
                 print(f"| | {name}, {step} | {seed} | {' | '.join(texts(figures))} | |")
             passes = f"{row['passes'] / 1e6:.2f}"
             print(f"| {len(results)} | {name} | {seed} | {' | '.join(texts(row))} | {passes} |", flush=True)
