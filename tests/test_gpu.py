@@ -24,7 +24,7 @@ def test_the_tool_measures_and_a_killed_run_resumes_bitwise(tmp_path):
         "agreement": 1, "passes": 2, "training": 1, "resume": 1}
     assert found["agreement"][0]["prediction"] == 0 and found["passes"][0]["TFLOP/s"] > 0
     assert found["training"][0]["matched"] > 0
-    assert found["resume"][0]["killed after step"] == "12" and found["resume"][0]["differ"] == 0
+    assert found["resume"][0]["killed after step"] == 12 and found["resume"][0]["differ"] == 0
 
 
 def test_a_gpu_agrees_with_the_cpu_and_resumes(tmp_path):
@@ -34,6 +34,6 @@ def test_a_gpu_agrees_with_the_cpu_and_resumes(tmp_path):
     found = measure(tmp_path, "--parts", "agreement", "resume")
     error = {row["precision"]: row["prediction"] for row in found["agreement"]}
     assert error["fp32"] < 1e-4 and error["fp16"] < 0.01 and error["bf16"] < 0.1
-    assert all(row["killed after step"] == "12" for row in found["resume"])
+    assert all(row["killed after step"] == 12 for row in found["resume"])
     differ = {row["precision"]: row["by at most"] for row in found["resume"]}
     assert differ["bf16"] == differ["fp16"] == 0 and differ["fp32"] < 1e-4
