@@ -114,6 +114,10 @@ def shard(network, device, dtype):
     for last in (network.conv_norm_out, network.conv_out):
         fully_shard(last, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, mp_policy=half, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)          # the sum over the processes, not the mean,
+            module.set_force_sum_reduction_for_comms(True)  # in a way that gloo has, too
 
 def reduce_in_backward(network, now):
     """Whether the next backward pass is the last of a step, so that the gradients' parts go to their processes."""
@@ -235,7 +239,8 @@ def load(folder, state):
         if wrong:
             raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move its folder "
                            "away to start anew")
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings(action="ignore"):      # that a process reads alone
+            dcp.load(state, storage_reader=reader, no_dist=True)
 
 class Saver:
     """Writes checkpoints, one at a time; beside the computation, where the machine has memory for a copy of a process's
@@ -310,6 +315,16 @@ def whole_tensors(student, rank, copy):
         if rank == 0:
             tensors[name] = tensor.to("cpu", copy=copy)
     return tensors
+
+def peak_memory(device):
+    """Bytes that this process has held at most: of the GPU's memory, or of the machine's; 0 where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):                  # Windows has no such module
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 def spare_memory():
     """Bytes of the machine's memory that nobody uses; 0 where the system doesn't say."""

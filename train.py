@@ -29,14 +29,15 @@ from tqdm import tqdm
 
 from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
-from run import (Saver, Stop, check_options, check_space, full, hold, join, load, local, newest, reduce_in_backward,
-                 rewind_log, saved_step, shard, together, torchrun, warn_once, whole_tensors)
+from run import (WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest, peak_memory,
+                 reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once, whole_tensors)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
-BINS = 4                    # the log has the bootstrap loss of each quarter of the times 1..T
+BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
+LOG_EVERY = 10              # steps; only then does the host wait for the device
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # of the student's steps, once it is matched, every 5th still has BOOT's losses
 BETA_1 = 0.9                # Adam's, of BOOT
@@ -205,6 +206,10 @@ def select(condition, rows):
     """The condition of some of the samples."""
     return {name: value[rows] for name, value in condition.items()}
 
+def to_device(tensor, device):
+    """There, without waiting for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 def autocast(device, dtype):
     """Mixed precision. Cast weights are not cached: casts made under no_grad would be reused, and give no gradient."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
@@ -252,6 +257,18 @@ def paint(sampler, teacher, eps, condition, micro_batch):
         return []
     return images
 
+def what_broke(broken, step, args, T, num_prompts):
+    """The sentence with which a run ends whose losses or norms are not finite: which, where, and what to do."""
+    advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
+    advice += " or fp32, in another --out"
+    if step == 0:
+        advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
+        advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
+    _, _, t, w, _, tau = draw(args.seed, step, range(min(16, args.batch)), (1,), T, num_prompts, args.guidance)
+    drawn = (f"{name} {[round(v, 2) for v in values.tolist()]}, ..." for name, values in
+             (("times", t), ("matching times", tau), ("guidance", w)))
+    return f"{' and '.join(broken)} not finite at step {step} ({'; '.join(drawn)}); {advice}"
+
 def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
@@ -265,8 +282,7 @@ def train(args, rank, world, local_rank, writer):
     device = pick_device(args.device, local_rank)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = PRECISION[args.precision]
-    grad_scale = 2.0**10 if args.precision == "fp16" else 1.0               # fp16 flushes less than 6e-8 to zero
-    scale = grad_scale * (world if args.shard else 1)       # FSDP takes the mean over the processes, and this is a sum
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")    # fp16 flushes below 6e-8 to zero
     warnings.showwarning = warn_once if rank == 0 else lambda *_: None
     if args.shard and world == 1:
         raise BadInput("--shard splits the networks over several processes: start it with torchrun")
@@ -307,7 +323,7 @@ def train(args, rank, world, local_rank, writer):
     student.network.requires_grad_(True)
     student.network.checkpointing = args.grad_checkpointing
     if args.shard:
-        for network in {student.network, averaged.network, teacher.unet}:
+        for network in dict.fromkeys((student.network, averaged.network, teacher.unet)):
             shard(network, device, dtype)
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
@@ -333,16 +349,22 @@ def train(args, rank, world, local_rank, writer):
         weights = [local(p.detach()) for p in params]
     if args.match:
         state |= training_state(critic.network, critic_optimizer, "critic_")
+        state["critic_steps"] = critic_steps = torch.tensor(0)
+    if scaler.is_enabled():
+        state["scaler"] = scaling = torch.tensor([scaler.get_scale(), 0.0])
     if folder:
         load(folder, state)
+        if scaler.is_enabled():
+            scale, good_steps = scaling.tolist()
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(good_steps)})
     done = start
     critic_from = match_from = args.steps
     if args.match:
-        critic_steps = int(critic_optimizer.state[critic_params[0]]["step"])
-        match_from = start - critic_steps + args.warmup     # the critic has a head start of --warmup steps
-        if critic_steps <= args.warmup:                     # until matching has begun, other --steps move it
+        behind = args.warmup - int(critic_steps)            # the critic has a head start of --warmup steps
+        match_from = start + behind
+        if behind >= 0:                                     # until matching has begun, other --steps move it
             match_from = max(round(args.match_from * args.steps), match_from)
-        critic_from = match_from - max(0, args.warmup - critic_steps)
+        critic_from = match_from - max(0, behind)
         if match_from >= args.steps and rank == 0:
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
@@ -371,6 +393,7 @@ def train(args, rank, world, local_rank, writer):
         if rank == 0:
             save_student(args.out / "student", averaged, tensors, step=str(start))
     saver = Saver(args.out, options, rank, world, start, writer)
+    control = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None      # for what the host has to know
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one; by every process, or
     # the others would have to wait for the first one
@@ -383,6 +406,7 @@ def train(args, rank, world, local_rank, writer):
             teacher_row = paint(in_fifty, teacher, shown_eps, shown, micro_batch)
 
     # ---- Loop
+    unchecked, logged = [], (start, time.time())
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
@@ -392,8 +416,8 @@ def train(args, rank, world, local_rank, writer):
         for p in (*params, *critic_params):
             p.grad = None
         log = {"bootstrap": torch.zeros(BINS, device=device), "count": torch.zeros(BINS, device=device),
-               "boundary": torch.zeros((), device=device), "stop": torch.tensor(float(stop.asked), device=device),
-               "matching": torch.zeros((), device=device), "critic": torch.zeros((), device=device)}
+               "boundary": torch.zeros((), device=device), "matching": torch.zeros((), device=device),
+               "critic": torch.zeros((), device=device)}
         critic_learns = step >= critic_from
         matches = step >= match_from and (step + 1) % args.critic_updates == 0
         on_path = step < match_from or (matches and (step + 1) // args.critic_updates % PATH_EVERY == 0)
@@ -403,7 +427,7 @@ def train(args, rank, world, local_rank, writer):
             # draw
             samples = range(first, first + micro_batch)
             prompt, *drawn = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
-            eps, t, w, n, tau = (tensor.to(device) for tensor in drawn)
+            eps, t, w, n, tau = (to_device(tensor, device) for tensor in drawn)
             s = (t - delta).clamp(min=0)
             condition = teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
@@ -418,7 +442,7 @@ def train(args, rank, world, local_rank, writer):
                 with autocast(device, dtype):
                     L_BC = boundary_loss(student, teacher.denoise, eps[boundary], schedule,
                                          **select(condition, boundary))
-                (scale * args.boundary_weight * (L_BC.sum() / num_boundary)).backward()
+                scaler.scale(args.boundary_weight / num_boundary * L_BC.sum()).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
             if on_path:
                 reduce_in_backward(student.network, last_part and not matches)
@@ -426,7 +450,7 @@ def train(args, rank, world, local_rank, writer):
                 with autocast(device, dtype):
                     L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight,
                                           **condition)
-                (scale / args.batch * L_BS.sum()).backward()
+                scaler.scale(L_BS.sum() / args.batch).backward()
                 bins = schedule.index(t) * BINS // schedule.T               # (B,): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
@@ -441,73 +465,86 @@ def train(args, rank, world, local_rank, writer):
                 reduce_in_backward(critic.network, False)
                 with autocast(device, dtype):
                     L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
-                (scale * args.match / args.batch * L_M.sum()).backward()
+                scaler.scale(args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
                 reduce_in_backward(critic.network, last_part)
                 with autocast(device, dtype):
                     L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
-                (scale / args.batch * L_C.sum()).backward()
+                scaler.scale(L_C.sum() / args.batch).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 
         # reduce: sums over the processes; all of them come here in every step, or the others would wait forever
-        learning = [*(params if student_learns else ()), *(critic_params if critic_learns else ())]
+        learning = []
+        if student_learns:
+            learning.append((optimizer, params, "grad_norm"))
+        if critic_learns:
+            learning.append((critic_optimizer, critic_params, "critic_grad_norm"))
+            critic_steps += 1
+        stopping = torch.tensor(float(stop.asked))
         if world > 1:
             with together(rank):
-                for tensor in (*log.values(), *(p.grad for p in learning if not args.shard)):
+                for tensor in (*log.values(), *(p.grad for _, ps, _ in learning for p in ps if not args.shard)):
                     dist.all_reduce(tensor)
+                dist.all_reduce(stopping, group=control)
 
         # step
-        if grad_scale != 1:
-            for p in learning:
-                p.grad.div_(grad_scale)
         losses, norms = {}, {}                              # those that this step has
         if on_path:
-            losses |= {"bootstrap": log["bootstrap"].sum().item() / args.batch, "boundary": log["boundary"].item()}
+            losses |= {"bootstrap": log["bootstrap"].sum() / args.batch, "boundary": log["boundary"]}
         if matches:
-            losses["matching"] = log["matching"].item()
-        if student_learns:
-            norms["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
+            losses["matching"] = log["matching"]
         if critic_learns:
-            losses["critic"] = log["critic"].item()
-            norms["critic_grad_norm"] = full(torch.nn.utils.clip_grad_norm_(critic_params, 1.0)).item()
-        if broken := [name for name, value in (losses | norms).items() if not math.isfinite(value)]:
-            advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
-            advice += " or fp32, in another --out"
-            if step == 0:
-                advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
-                advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
-            drawn = (f"{name} {[round(v, 2) for v in values[:16].tolist()]}, ..." for name, values in
-                     (("times", t), ("matching times", tau), ("guidance", w)))
-            raise BadInput(f"{' and '.join(broken)} not finite at step {step} ({'; '.join(drawn)}); {advice}")
-        if student_learns:
-            optimizer.step()
-        if critic_learns:
-            critic_optimizer.step()
-        done = step + 1
+            losses["critic"] = log["critic"]
+        for adam, ps, name in learning:
+            scaler.unscale_(adam)
+            norms[name] = full(torch.nn.utils.clip_grad_norm_(ps, 1.0))
+            scaler.step(adam)                               # but not where fp16 has overflown
+        scaler.update()
+        done, last = step + 1, step + 1 == args.steps
 
         # average
         if args.ema and student_learns:
             ema_decay = min(args.ema, done / (done + 9))    # shorter memory at first, to forget the untrained weights
             torch._foreach_lerp_(averages, weights, 1 - ema_decay)
 
+        # check: the host waits for the device only where something is to be written, or in the first step
+        unchecked.append((step, losses | norms))
+        logging = done % LOG_EVERY == 0 or last
+        saving = done % args.save_every == 0 or last or stopping > 0
+        painting = args.sample_every and (done % args.sample_every == 0 or last)
+        if not (logging or saving or painting or step == start):
+            continue
+        for old_step, values in unchecked:
+            broken = [name for name, value in values.items() if not value.isfinite()]
+            if scaler.is_enabled():
+                broken = [name for name in broken if name in losses]        # a norm only means another scale
+            if broken:
+                raise BadInput(what_broke(broken, old_step, args, schedule.T, len(prompts)))
+        unchecked.clear()
+
         # log
-        last = done == args.steps
-        stopping = log["stop"].item() > 0
-        if rank == 0 and (done % 10 == 0 or last):
-            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
+        if rank == 0 and logging:
+            figures = {name: value.item() if value.isfinite() else None for name, value in (losses | norms).items()}
+            bar.set_postfix({name: f"{figures[name]:.4f}" for name in losses})
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
-            line = {"step": done, **losses, **norms, "lr": lr, "seconds": round(time.time() - began, 1),
-                    "bootstrap_by_time": by_time}
+            seconds = (time.time() - logged[1]) / (done - logged[0])
+            logged = done, time.time()
+            line = {"step": done, **figures, "lr": lr, "seconds": round(time.time() - began, 1),
+                    "seconds_a_step": round(seconds, 4), "samples_per_s": round(args.batch / seconds, 2),
+                    "memory_gb": round(peak_memory(device) / 1e9, 3), "bootstrap_by_time": by_time}
             with open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
         # save
-        if done % args.save_every == 0 or last or stopping:
+        if saving:
+            if scaler.is_enabled():
+                saved = scaler.state_dict()
+                scaling.copy_(torch.tensor([saved["scale"], saved["_growth_tracker"]]))
             saver.save(state, averaged, done)
 
         # paint
-        if args.sample_every and (done % args.sample_every == 0 or last):
+        if painting:
             with autocast(device, dtype):
                 student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
             if rank == 0 and teacher_row and student_row:

@@ -209,13 +209,15 @@ def link(source, copy):
 def choose_command(rng, name, copy, out, path):
     """(command, options, what it shall leave) for the copy of a folder in which this path is damaged."""
     if name == "run" and rng.random() < (0.3 if "student" in path.parts else 0.9):
-        return "train", ["--batch", 4, "--steps", 3, "--sample-every", 0, "--out", copy], [copy / "student", copy / "state" / "step_3"]
+        left = [copy / "student", copy / "state" / "step_3"]
+        return "train", ["--batch", 4, "--steps", 3, "--sample-every", 0, "--out", copy], left
     if "teacher" not in name:
         return "sample", ["--student", copy, "--prompt", PROMPT, "--out", out], [out / "000000.png"]
     train = ["--teacher", copy, "--batch", 2, "--out", out]
     if rng.random() < 0.95:
         return "train", [*train, "--dry-run"], []
-    return "train", [*train, "--steps", 1, "--sample-every", 1], [out / p for p in ("student", "state/step_1", "samples/step_1.png")]
+    left = [out / "student", out / "state" / "step_1", out / "samples" / "step_1.png"]
+    return "train", [*train, "--steps", 1, "--sample-every", 1], left
 
 
 def checkpoint(folder):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import run as run_module
+import train
 from conftest import ROOT
 from run import checkpoints
 from tools import kill
@@ -37,8 +38,8 @@ def held(plan):
 def distance(out, other):
     """Of two states' weights and moments, over their norm."""
     ours, theirs = read_state(out), read_state(other)
-    norms = torch.tensor([[(tensor - theirs[name]).norm(), tensor.norm()] for name, tensor in ours.items()])
-    apart, size = norms.square().sum(0).sqrt()
+    norms = [((tensor - theirs[name]).double().norm(), tensor.double().norm()) for name, tensor in ours.items()]
+    apart, size = torch.tensor(norms).square().sum(0).sqrt()
     return (apart / size).item()
 
 
@@ -127,6 +128,33 @@ def test_killed_at_random_moments_it_is_the_undisturbed_run(call, tmp_path, opti
     assert code == 0 and "bitwise the undisturbed one" in out, error
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_resumes_bitwise(call, tmp_path, precision):
+    """Its scale of the gradients, too, which overflow at first."""
+    options = [*SHORT[1:], "--batch", 4, "--precision", precision, "--match-from", 0, "--decay", 0]
+    assert call("train", *options, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
+    for steps in (2, 4):
+        code, _, error = call("train", *options, "--steps", steps, "--out", tmp_path / "parts")
+        assert code == 0, error
+    assert not differences(tmp_path / "whole", tmp_path / "parts")
+    if precision == "fp16":
+        state = read_state(tmp_path / "whole")
+        assert state["scaler"][0] < 2**16 and state["step.conv_out.bias"] < 4 == state["critic_steps"]
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkeypatch):
+    """Though nobody looks in every step; nothing of it is saved."""
+    calls, loss = [], train.bootstrap_loss
+
+    def break_at_the_fourth(*args, **condition):
+        calls.append(args)
+        return loss(*args, **condition) / (len(calls) != 4)
+    monkeypatch.setattr(train, "bootstrap_loss", break_at_the_fourth)
+    code, _, error = call("train", *SHORT[1:], "--batch", 4, "--steps", 20, "--save-every", 3, "--out", tmp_path)
+    assert code == 2 and "bootstrap and grad_norm not finite at step 3 (times [" in error, error
+    assert list(checkpoints(tmp_path)) == [3]
+
+
 @pytest.mark.parametrize("options, message", [
     (("--shard",), "--shard splits the networks over several processes"),
     (("--batch", 0), "--batch 0 is not supported")])
@@ -140,7 +168,6 @@ def test_what_cannot_be_split_is_one_sentence(call, tmp_path, options, message):
     (32, True, "--batch 32 does not divide over 3 processes by 4, as --shard needs: 24 or 36 does"),
     (2, False, "--batch 2 does not divide over 3 processes: 3 does")])
 def test_a_batch_that_does_not_divide_is_told_what_does(batch, sharded, message):
-    import train
     args = train.parse_args(["--batch", str(batch), *(["--shard"] if sharded else [])])
     with pytest.raises(run_module.BadInput, match=re.escape(message)):
         train.split_batch(args, 3)
