@@ -239,8 +239,7 @@ def load(folder, state):
         if wrong:
             raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move its folder "
                            "away to start anew")
-        with warnings.catch_warnings(action="ignore"):      # that a process reads alone
-            dcp.load(state, storage_reader=reader, no_dist=True)
+        dcp.load(state, storage_reader=reader, no_dist=True)
 
 class Saver:
     """Writes checkpoints, one at a time; beside the computation, where the machine has memory for a copy of a process's

@@ -284,6 +284,7 @@ def train(args, rank, world, local_rank, writer):
     dtype = PRECISION[args.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")    # fp16 flushes below 6e-8 to zero
     warnings.showwarning = warn_once if rank == 0 else lambda *_: None
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
     if args.shard and world == 1:
         raise BadInput("--shard splits the networks over several processes: start it with torchrun")
 

@@ -14,6 +14,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -221,6 +222,22 @@ def test_remarks_in_the_log_stay(call, two):
     lines = log.read_bytes().split(b"\n")
     assert lines[0] == b"a remark, \xff" and lines[2:5] == [b'{"step": "x"}', b"[1]", b"7"]
     assert [json.loads(lines[k])["step"] for k in (1, 5)] == [2, 4] and lines[6:] == [b""]
+
+
+def test_curves_are_drawn_of_whatever_a_log_holds(call, two, tmp_path):
+    code, out, error = call("tools.curves", two)
+    assert code == 0 and out.strip() == str(two / "curves.png"), error
+    [record] = last_records(two)
+    assert len(record["bootstrap_by_time"]) == 8 and record["samples_per_s"] > 0 and record["memory_gb"] > 0.1
+    few = Image.open(two / "curves.png").convert("L").histogram()[255]
+    log = two / "log.jsonl"
+    log.write_text("a remark\n" + "".join(json.dumps(record | {"step": 10 * k, "matching": None}) + "\n"
+                                          for k in range(1, 1000)) + '{"torn')
+    assert call("tools.curves", two)[0] == 0
+    assert Image.open(two / "curves.png").convert("L").histogram()[255] < few
+    log.write_text("a remark\n")
+    code, _, error = call("tools.curves", two)
+    assert code == 2 and "has no record of a step" in error
 
 
 def stop_after(monkeypatch, step):

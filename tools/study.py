@@ -236,7 +236,7 @@ def texts(row):
 def settings(options):
     """What train.py makes of the options, defaults and all, and its constants."""
     args = vars(train.parse_args(flags(options))) | {name: getattr(train, name) for name in CONSTANTS}
-    return {name: str(value) for name, value in args.items() if name not in ("out", "device", "dry_run")}
+    return {name: str(value) for name, value in args.items() if name not in ("out", "device", "dry_run", "shard")}
 
 
 def digest(*what):
