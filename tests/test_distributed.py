@@ -15,7 +15,6 @@ import run as run_module
 import train
 from conftest import ROOT
 from run import checkpoints
-from tools import kill
 from tools.kill import differences, read_state
 
 SHORT = ["train.py", "--sample-every", 0, "--warmup", 1, "--match-from", 0.5, "--save-every", 2]

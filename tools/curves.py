@@ -2,8 +2,8 @@
 
     python -m tools.curves runs/tiny                    runs/tiny/curves.png
 
-Read while the run goes on, or after it. Every line of log.jsonl is a point; where there are more than 200, a point is the
-mean of several.
+Read while the run goes on, or after it. Every line of log.jsonl is a point; where there are more than 200, a point is
+the mean of several.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def panel(title, lines, logarithmic=True):
         draw.line((MARGIN, y, WIDTH - LEGEND, y), "lightgrey")
         draw.text((MARGIN - 6, y), f"{value:.3g}", "black", FONT, anchor="rm")
         step = left + part * (right - left)
-        draw.text((MARGIN + part * (WIDTH - MARGIN - LEGEND), HEIGHT - MARGIN + 8), f"{step:.0f}", "black", FONT, anchor="mt")
+        x = MARGIN + part * (WIDTH - MARGIN - LEGEND)
+        draw.text((x, HEIGHT - MARGIN + 8), f"{step:.0f}", "black", FONT, anchor="mt")
     for number, (name, line) in enumerate(lines.items()):
         colour, places = COLOURS[number % len(COLOURS)], [place(*point) for point in line]
         if len(places) > 1:
@@ -108,7 +109,7 @@ def main():
     records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
     panels = [panel("bootstrap loss by time", by_time(records)),
               panel("losses", curves(records, "bootstrap", "boundary", "matching", "critic")),
-              panel("learning rate, and norms of the gradients", curves(records, "lr", "grad_norm", "critic_grad_norm")),
+              panel("learning rate, norms of the gradients", curves(records, "lr", "grad_norm", "critic_grad_norm")),
               panel("samples a second", curves(records, "samples_per_s"), logarithmic=False)]
     image = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT))
     for number, part in enumerate(panels):

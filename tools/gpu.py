@@ -127,7 +127,9 @@ def inner(*args):
     times, saving, rate, save = [], [], train.learning_rate, Saver.save
 
     def learning_rate(*rest):
-        times.append(time.perf_counter())                   # the step before has ended, with item()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                        # so that the step before has ended
+        times.append(time.perf_counter())
         return rate(*rest)
 
     def timed_save(*rest):

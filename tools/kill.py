@@ -3,8 +3,8 @@
     python -m tools.kill                                20 kills of one process, 5 min on two cores
     python -m tools.kill --processes 2 --kills 10       one of two at a time, which torchrun has to restart; Linux
 
-Small batches of the embedded teacher, with matching, and a checkpoint after every second step, so that many a kill meets
-one. A moment is drawn from the whole of an undisturbed run, its start included.
+Small batches of the embedded teacher, with matching, and a checkpoint after every second step, so that many a kill
+meets one. A moment is drawn from the whole of an undisturbed run, its start included.
 """
 
 import argparse
