@@ -396,8 +396,8 @@ def train(args, rank, world, local_rank, writer):
     saver = Saver(args.out, options, rank, world, start, writer)
     control = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None      # for what the host has to know
 
-    # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one. Every process does,
-    # or the others would have to wait for the first one
+    # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one. All processes do,
+    # or they would have to wait for the first one
     if args.sample_every and start < args.steps:
         shown_eps = noise(range(8), teacher.shape).to(device)
         shown = teacher.encode([prompts[k * len(prompts) // 8] for k in range(8)])
