@@ -37,6 +37,7 @@ from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, rea
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
+FEW_PROMPTS = 2**11         # or fewer are encoded once
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
 PATH_EVERY = 5              # of the student's steps, once it is matched, every 5th still has BOOT's losses
@@ -227,8 +228,9 @@ def learning_rate(step, args, match_from):
 def new_optimizer(params, lr, device):
     """AdamW whose state exists from the start, so that resume has tensors to fill. The loop sets the student's rate
     and beta_1 in every step."""
-    # fused on a GPU, where the default needs temporaries of another 4 bytes a parameter
-    optimizer = torch.optim.AdamW(params, lr, betas=(MATCH_BETA_1, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    # fused, for the default is slower and needs temporaries, on a GPU of another 4 bytes a parameter
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(params, lr, betas=(MATCH_BETA_1, 0.99), weight_decay=0.0, fused=fused)
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0, device=device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -406,6 +408,12 @@ def train(args, rank, world, local_rank, writer):
         with autocast(device, dtype):
             teacher_row = paint(in_fifty, teacher, shown_eps, shown, micro_batch)
 
+    # ---- Conditions: encoded once, where there are few; in parts that are always the same, for the last bits' sake
+    encoded = None
+    if len(prompts) <= FEW_PROMPTS:
+        parts = [teacher.encode(prompts[first:first + 64]) for first in range(0, len(prompts), 64)]
+        encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     # ---- Loop
     unchecked, logged = [], (start, time.time())
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
@@ -430,7 +438,7 @@ def train(args, rank, world, local_rank, writer):
             prompt, *drawn = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
             eps, t, w, n, tau = (to_device(tensor, device) for tensor in drawn)
             s = (t - delta).clamp(min=0)
-            condition = teacher.encode([prompts[k] for k in prompt])
+            condition = select(encoded, prompt) if encoded else teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
