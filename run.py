@@ -5,7 +5,7 @@
         step, folder, saved = newest(out)                   # the last whole checkpoint
         join(rank, world, "nccl")
         load(folder, state)
-        saver = Saver(out, options, rank, world, step, writer)          # writer: a ThreadPoolExecutor
+        saver = Saver(out, options, rank, world, step, executor)
         saver.save(state, student, step)                    # state/step_N, and then student/
 
 A checkpoint is a folder of safetensors, of which every process writes its part (torch.distributed.checkpoint), and
@@ -87,8 +87,10 @@ def agree(store, rank, world):
             answer = store.get(f"{own}/{other}").decode()               # waits until it is there
             store.set(f"{own}/{answer}", "welcome")
         return own
-    start = None
+    start, deadline = None, time.monotonic() + MEETING.total_seconds()
     while start is None or not store.check([f"{start}/{own}"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the first one did not come")
         start = store.get("start").decode()                             # perhaps that of a first process that is dead
         store.set(f"{start}/{rank}", own)
         time.sleep(0.1)
@@ -96,11 +98,13 @@ def agree(store, rank, world):
 
 @contextlib.contextmanager
 def together(rank):
-    """What ends because another process is gone, or does not come within WAIT, is a BadInput."""
+    """What ends because another process is gone, or does not come in time, is a BadInput."""
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):           # of a CPU
             raise
         raise BadInput(f"process {rank} has lost the others: {error}") from None
 
@@ -108,19 +112,20 @@ def shard(network, device, dtype):
     """Split a network's parameters over the processes, a block at a time: FSDP2. Each holds its part, and has a whole
     block only while it computes with it. dtype: in which blocks come together; their float32 last layers stay so."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    half = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
     for block in network.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=half, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for last in (network.conv_norm_out, network.conv_out):
         fully_shard(last, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, mp_policy=half, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)          # the sum over the processes, not the mean,
             module.set_force_sum_reduction_for_comms(True)  # in a way that gloo has, too
 
 def reduce_in_backward(network, now):
-    """Whether the next backward pass is the last of a step, so that the gradients' parts go to their processes."""
+    """Whether the next backward pass is the last of a step, so that the gradients' parts go to their processes. Until
+    then each has a gradient of the whole network, in float32, which is reduced once."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
 
@@ -179,7 +184,7 @@ def newest(out):
     damaged = []
     for step, folder in checkpoints(out).items():
         try:
-            options = whole(folder)
+            options = read_options(folder)
         except BadInput as error:
             damaged.append(str(error))
             continue
@@ -190,7 +195,7 @@ def newest(out):
         raise BadInput(f"{damaged[0]}; move {out} away to start anew")
     return 0, None, None
 
-def whole(folder):
+def read_options(folder):
     """The options of a checkpoint, if all its files are as they were written. Raises BadInput."""
     info = read_json(folder / INFO)
     with parsing(folder / INFO):
@@ -237,18 +242,19 @@ def load(folder, state):
         wrong = [name for name in saved.keys() | state.keys()
                  if name not in saved or name not in state or saved[name].size != state[name].shape]
         if wrong:
-            raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move its folder "
-                           "away to start anew")
+            raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move the "
+                           "run's folder away to start anew")
         dcp.load(state, storage_reader=reader, no_dist=True)
 
 class Saver:
-    """Writes checkpoints, one at a time; beside the computation, where the machine has memory for a copy of a process's
-    part. All processes call it at the same steps. Errors of writing are raised by the next call: BadInput."""
+    """Writes checkpoints, one at a time; beside the computation, where the machine has memory for copies of it all. All
+    processes call it at the same steps. Errors of writing are raised by the next call: BadInput. executor: a thread."""
 
-    def __init__(self, out, options, rank, world, step, writer):
+    def __init__(self, out, options, rank, world, step, executor):
         self.out, self.options, self.rank, self.world, self.step = out, options, rank, world, step
-        self.group = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None    # for a thread of its own
-        self.writer, self.writing = writer, None
+        # For the thread alone; who has written his part waits for the slowest
+        self.group = dist.new_group(backend="gloo", timeout=MEETING) if world > 1 else None
+        self.executor, self.pending = executor, None
 
     def save(self, state, student, step):
         """Save the state, and then the student, so that there is none without its state."""
@@ -256,44 +262,57 @@ class Saver:
         if broken := not_finite(state):
             raise BadInput(f"{broken} is not finite after step {step}; what {self.out} holds is whole: lower --lr, "
                            "--match-lr or --critic-lr, in another --out")
-        sizes = [tensor.numel() * tensor.element_size() for tensor in state.values()]
-        files = [1 + end // FILE_SIZE for end in itertools.accumulate(sizes)]
-        # A sharded tensor is everybody's; the others, which all have, are dealt out
-        part = {name: tensor for k, (name, tensor) in enumerate(state.items())
-                if k % self.world == self.rank or isinstance(tensor, DTensor)}
+        # A sharded tensor is everybody's; the others, which all processes have, are dealt out in equal parts
+        *ends, total = itertools.accumulate((tensor.nbytes for tensor in state.values()), initial=0)
+        part = {name: tensor for (name, tensor), end in zip(state.items(), ends)
+                if end * self.world // total == self.rank or isinstance(tensor, DTensor)}
+        files = {name: 1 + end // FILE_SIZE for name, end in zip(state, ends)}
         folder = self.out / "state" / f"step_{step}.new"
-        writer = dcp.HuggingFaceStorageWriter(str(folder), dict(zip(state, files)), save_distributed=True)
-        beside = spare_memory() > 2 * sum(local(tensor).nbytes for tensor in part.values())
-        save = dcp.async_save if beside else dcp.save
-        tensors = whole_tensors(student, self.rank, copy=beside)
+        storage = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+        beside = torch.tensor(spare_memory() > 2 * total, dtype=torch.int32)
+        if self.world > 1:
+            dist.all_reduce(beside, dist.ReduceOp.MIN, self.group)          # all do it, or none
+        write = dcp.async_save if beside else dcp.save
+        tensors = whole_tensors(student, self.rank, copy=bool(beside))
         with writing(folder):
-            done = save(part, storage_writer=writer, process_group=self.group, no_dist=self.world == 1)
-        self.writing = self.writer.submit(self.complete, done if beside else None, folder, student, tensors, step)
+            done = write(part, storage_writer=storage, process_group=self.group, no_dist=self.world == 1)
+        self.pending = self.executor.submit(self.complete, done if beside else None, folder, student, tensors, step)
         if not beside:
             self.wait()
 
     def complete(self, done, folder, student, tensors, step):
-        """Wait until all parts are on disk, and let the checkpoint count."""
+        """Wait until all parts are on disk, and let the checkpoint count. Nobody is through before the first one is."""
         with writing(folder):
             if done:
                 done.result()
-            if self.rank > 0:
-                return
+        if self.rank == 0:
+            self.publish(folder, student, tensors, step)
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def publish(self, folder, student, tensors, step):
+        """Give a checkpoint that is on disk its sums and its name, save the student, and remove what is too old."""
+        with writing(folder):
             files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
             write_json(folder / INFO, {"options": self.options, "files": files})
             final = folder.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)        # a damaged one
             folder.rename(final)
-        save_student(self.out / "student", student, tensors, step=str(step))
         for old, path in checkpoints(self.out).items():
             if old not in (step, self.step):                # the last two are kept
                 shutil.rmtree(path, ignore_errors=True)
+        save_student(self.out / "student", student, tensors, step=str(step))
         self.step = step
 
     def wait(self):
-        """Until the last checkpoint is written."""
-        if self.writing:
-            self.writing.result()
+        """Until the last checkpoint is written. Raises BadInput if it could not be."""
+        if self.pending:
+            with together(self.rank):
+                self.pending.result()
+
+    def failed(self):
+        """Whether the last checkpoint could not be written."""
+        return bool(self.pending and self.pending.done() and self.pending.exception())
 
 @contextlib.contextmanager
 def writing(folder):
@@ -304,6 +323,8 @@ def writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, dcp.api.CheckpointException):
             error = next(iter(error.failures.values()))[0]
+            if isinstance(error, KeyboardInterrupt):
+                raise error from None
         raise BadInput(f"can't write {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 def whole_tensors(student, rank, copy):

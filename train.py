@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
-from run import (WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest, peak_memory,
-                 reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once, whole_tensors)
+from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
+                 peak_memory, reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once,
+                 whole_tensors)
 from signal_ode import bootstrap_loss, boundary_loss, contraction
 from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
@@ -116,7 +117,7 @@ def add_options(parser):
            "fp16 or fp32 (default: bf16 on cuda, fp32 elsewhere)")
     option("--grad-checkpointing", action="store_true", help="memory for time: compute blocks twice, keep nothing")
     option("--shard", action="store_true", help="split networks and their state over the processes (FSDP), where one "
-           "device has no memory for all of them")
+           "device has no memory for all of them; --batch has to divide by 4 a process")
     option("--save-every", type=int, help=f"steps between checkpoints {either['save_every']}")
     option("--sample-every", type=int, help=f"steps between pictures {either['sample_every']}; 0 makes none, and "
            "spares the teacher's fifty steps for them")
@@ -154,12 +155,13 @@ def parse_args(argv=None):
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
-    part = world * BOUNDARY_EVERY if args.shard else world              # sharded, all make the same passes
+    part, needs = world, ""
+    if args.shard:                                          # all processes have to make the same passes
+        part, needs = world * BOUNDARY_EVERY, f" by {BOUNDARY_EVERY}, as --shard needs"
     if args.batch % part:
         near = args.batch // part * part
         fits = f"{near} or {near + part}" if near else part
-        raise BadInput(f"--batch {args.batch} does not divide over {world} processes"
-                       f"{f' by {BOUNDARY_EVERY}, as --shard needs' if args.shard else ''}: {fits} does")
+        raise BadInput(f"--batch {args.batch} does not divide over {world} processes{needs}: {fits} does")
     local_batch = args.batch // world
     micro_batch = args.micro_batch or math.gcd(local_batch, default("micro_batch", args.teacher) or local_batch)
     if local_batch % micro_batch:
@@ -259,14 +261,15 @@ def paint(sampler, teacher, eps, condition, micro_batch):
         return []
     return images
 
-def what_broke(broken, step, args, T, num_prompts):
+def what_broke(broken, step, args, teacher, num_prompts):
     """The sentence with which a run ends whose losses or norms are not finite: which, where, and what to do."""
     advice = f"what {args.out} holds is whole: lower --lr, --match-lr or --critic-lr, or take --precision bf16"
     advice += " or fp32, in another --out"
     if step == 0:
         advice = "no weight has changed yet, so that the teacher or its schedule is at fault"
         advice += ", or fp16: take --precision bf16 or fp32" if args.precision == "fp16" else ""
-    _, _, t, w, _, tau = draw(args.seed, step, range(min(16, args.batch)), (1,), T, num_prompts, args.guidance)
+    samples, T = range(min(16, args.batch)), teacher.schedule.T
+    _, _, t, w, _, tau = draw(args.seed, step, samples, teacher.shape, T, num_prompts, args.guidance)
     drawn = (f"{name} {[round(v, 2) for v in values.tolist()]}, ..." for name, values in
              (("times", t), ("matching times", tau), ("guidance", w)))
     return f"{' and '.join(broken)} not finite at step {step} ({'; '.join(drawn)}); {advice}"
@@ -275,10 +278,10 @@ def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
     held = hold(args.out) if rank == 0 and not args.dry_run else contextlib.nullcontext()
-    with held, ThreadPoolExecutor(1) as writer:             # of checkpoints: what it has begun is finished in any case
-        train(args, rank, world, local_rank, writer)
+    with held, ThreadPoolExecutor(1) as executor:           # writes checkpoints: what is begun is finished in any case
+        train(args, rank, world, local_rank, executor)
 
-def train(args, rank, world, local_rank, writer):
+def train(args, rank, world, local_rank, executor):
     # ---- Processes: one, or those of torchrun, each with an equal share of the batch
     local_batch, micro_batch = split_batch(args, world)
     device = pick_device(args.device, local_rank)
@@ -311,10 +314,11 @@ def train(args, rank, world, local_rank, writer):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         join(rank, world, "nccl" if device.type == "cuda" else "gloo")
-        news = [start, folder, student_is_saved, options]
+        control = dist.new_group(backend="gloo", timeout=WAIT)              # for what the host has to know
+        told = [start, folder, student_is_saved, options]
         with together(rank):
-            dist.broadcast_object_list(news, 0, device=device)
-        start, folder, student_is_saved, theirs = news
+            dist.broadcast_object_list(told, 0, device=device)
+        start, folder, student_is_saved, theirs = told
         if theirs != options:
             raise BadInput(f"process {rank} has other options or another teacher than the first one: {options}")
 
@@ -326,7 +330,7 @@ def train(args, rank, world, local_rank, writer):
     student.network.requires_grad_(True)
     student.network.checkpointing = args.grad_checkpointing
     if args.shard:
-        for network in dict.fromkeys((student.network, averaged.network, teacher.unet)):
+        for network in {student.network, averaged.network, teacher.unet}:   # two, with --ema 0
             shard(network, device, dtype)
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
@@ -360,6 +364,9 @@ def train(args, rank, world, local_rank, writer):
         if scaler.is_enabled():
             scale, good_steps = scaling.tolist()
             scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(good_steps)})
+    if world > 1:
+        with together(rank):                                # some read from a slower disk, or not from a cache
+            dist.monitored_barrier(control, timeout=MEETING)
     done = start
     critic_from = match_from = args.steps
     if args.match:
@@ -372,10 +379,10 @@ def train(args, rank, world, local_rank, writer):
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
     if rank == 0:
-        takes = check_space(args.out, *(sum(t.numel() * t.element_size() for t in part) for part in
-                                        (state.values(), params)))
+        takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
-        held = sum(local(t).nbytes for t in (*state.values(), *params, *critic_params))     # with as many gradients
+        held = sum(t.nbytes for t in (*params, *critic_params))             # gradients, which are whole on the way
+        held += sum(local(t).nbytes for t in state.values())
         held += sum(local(p).nbytes for part in frozen for p in part.parameters())
         matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
@@ -392,11 +399,12 @@ def train(args, rank, world, local_rank, writer):
         began = time.time() - rewind_log(args.out / "log.jsonl", start)
 
     if not student_is_saved:
-        tensors = whole_tensors(averaged, rank, copy=False)
+        with together(rank):
+            tensors = whole_tensors(averaged, rank, copy=False)
         if rank == 0:
             save_student(args.out / "student", averaged, tensors, step=str(start))
-    saver = Saver(args.out, options, rank, world, start, writer)
-    control = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None      # for what the host has to know
+    with together(rank):
+        saver = Saver(args.out, options, rank, world, start, executor)
 
     # ---- What is painted: fixed prompts and noises, the teacher's 50 steps above the student's one. All processes do,
     # or they would have to wait for the first one
@@ -415,7 +423,7 @@ def train(args, rank, world, local_rank, writer):
         encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     # ---- Loop
-    unchecked, logged = [], (start, time.time())
+    unchecked, logged_step, logged_at = [], start, time.time()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 60)
     for step in bar:
@@ -490,7 +498,7 @@ def train(args, rank, world, local_rank, writer):
         if critic_learns:
             learning.append((critic_optimizer, critic_params, "critic_grad_norm"))
             critic_steps += 1
-        stopping = torch.tensor(float(stop.asked))
+        stopping = torch.tensor(float(stop.asked or saver.failed()))
         if world > 1:
             with together(rank):
                 for tensor in (*log.values(), *(p.grad for _, ps, _ in learning for p in ps if not args.shard)):
@@ -508,7 +516,7 @@ def train(args, rank, world, local_rank, writer):
         for adam, ps, name in learning:
             scaler.unscale_(adam)
             norms[name] = full(torch.nn.utils.clip_grad_norm_(ps, 1.0))
-            scaler.step(adam)                               # but not where fp16 has overflown
+            scaler.step(adam)                               # but not where fp16 has overflowed
         scaler.update()
         done, last = step + 1, step + 1 == args.steps
 
@@ -529,7 +537,7 @@ def train(args, rank, world, local_rank, writer):
             if scaler.is_enabled():
                 broken = [name for name in broken if name in losses]        # a norm only means another scale
             if broken:
-                raise BadInput(what_broke(broken, old_step, args, schedule.T, len(prompts)))
+                raise BadInput(what_broke(broken, old_step, args, teacher, len(prompts)))
         unchecked.clear()
 
         # log
@@ -537,8 +545,8 @@ def train(args, rank, world, local_rank, writer):
             figures = {name: value.item() if value.isfinite() else None for name, value in (losses | norms).items()}
             bar.set_postfix({name: f"{figures[name]:.4f}" for name in losses})
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
-            seconds = (time.time() - logged[1]) / (done - logged[0])
-            logged = done, time.time()
+            seconds = (time.time() - logged_at) / (done - logged_step)
+            logged_step, logged_at = done, time.time()
             line = {"step": done, **figures, "lr": lr, "seconds": round(time.time() - began, 1),
                     "seconds_a_step": round(seconds, 4), "samples_per_s": round(args.batch / seconds, 2),
                     "memory_gb": round(peak_memory(device) / 1e9, 3), "bootstrap_by_time": by_time}

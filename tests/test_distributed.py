@@ -30,9 +30,10 @@ def torchrun(processes, *options):
     return done.stdout
 
 
-def held(plan):
-    """GB in each process, by the plan."""
-    return float(re.search(r"([\d.]+) GB of memory in each process", plan)[1])
+def largest_part(out):
+    """Of the state, what the process wrote that holds most of it."""
+    sizes = [path.stat().st_size for path in next(iter(checkpoints(out).values())).glob("*.safetensors")]
+    return max(sizes) / sum(sizes)
 
 
 def distance(out, other):
@@ -50,17 +51,18 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of one process, and its plan."""
+    """The folder of a run of one process."""
     out = tmp_path_factory.mktemp("alone")
-    return out, torchrun(1, "--batch", 24, "--steps", 6, "--out", out)
+    torchrun(1, "--batch", 24, "--steps", 6, "--out", out)
+    return out
 
 
 @pytest.mark.parametrize("processes, options", [(2, ()), (2, ("--shard",)), (3, ("--shard", "--micro-batch", 4))])
 def test_processes_replicated_or_sharded_are_one_run(alone, tmp_path, processes, options):
-    plan = torchrun(processes, "--batch", 24, "--steps", 6, "--out", tmp_path, *options)
-    assert losses(tmp_path) == pytest.approx(losses(alone[0]), rel=1e-5)
-    assert distance(alone[0], tmp_path) < 1e-5
-    assert "--shard" not in options or held(plan) < 0.6 * held(alone[1])
+    torchrun(processes, "--batch", 24, "--steps", 6, "--out", tmp_path, *options)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+    assert distance(alone, tmp_path) < 1e-5
+    assert largest_part(tmp_path) < 1.2 / processes
 
 
 def test_any_number_of_processes_resumes_what_any_other_saved(tmp_path):
@@ -151,7 +153,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkey
         return loss(*args, **condition) / (len(calls) != 4)
     monkeypatch.setattr(train, "bootstrap_loss", break_at_the_fourth)
     code, _, error = call("train", *SHORT[1:], "--batch", 4, "--steps", 20, "--save-every", 3, "--out", tmp_path)
-    assert code == 2 and "bootstrap and grad_norm not finite at step 3 (times [" in error, error
+    *_, t, _, _, _ = train.draw(0, 3, range(4), (4, 8, 8), 1000, 1512, 3.0)
+    assert code == 2 and f"bootstrap and grad_norm not finite at step 3 (times {t.tolist()}, ..." in error, error
     assert list(checkpoints(tmp_path)) == [3]
 
 

@@ -59,7 +59,8 @@ def curves(records, *names):
 def by_time(records):
     """The bootstrap loss of each part of the times, from the clean end to the noise."""
     bins = max(len(record.get("bootstrap_by_time") or ()) for record in records)
-    return {f"t to {k + 1}/{bins} T": curve(records, lambda record, k=k: record["bootstrap_by_time"][k])
+    whole = [record for record in records if len(record.get("bootstrap_by_time") or ()) == bins]
+    return {f"t to {k + 1}/{bins} T": curve(whole, lambda record, k=k: record["bootstrap_by_time"][k])
             for k in range(bins)}
 
 

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
 from checkpoint import BadInput, command, write_json
-from signal_ode import noisy
 from run import Saver, checkpoints
+from signal_ode import noisy
 from student import new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
 from tools.kill import differences

@@ -8,6 +8,7 @@ meets one. A moment is drawn from the whole of an undisturbed run, its start inc
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -100,7 +101,8 @@ def main():
             victims = workers(process) if args.processes > 1 else [process.pid]
             ended = process.poll() is not None or kills == args.kills or not victims
             if not ended:
-                os.kill(draw.choice(victims), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):               # it has just ended by itself
+                    os.kill(draw.choice(victims), signal.SIGKILL)
                 kills += 1
                 print(f"kill {kills} after {moment:.1f} s", end="", flush=True)
             killed = time.time()
