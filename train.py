@@ -330,8 +330,10 @@ def train(args, rank, world, local_rank, executor):
     student.network.requires_grad_(True)
     student.network.checkpointing = args.grad_checkpointing
     if args.shard:
-        for network in {student.network, averaged.network, teacher.unet}:   # two, with --ema 0
-            shard(network, device, dtype)
+        shard(teacher.unet, device, dtype)
+        shard(student.network, device, dtype)
+        if args.ema:
+            shard(averaged.network, device, dtype)
     params = list(student.network.parameters())
     optimizer = new_optimizer(params, args.lr, device)
 
@@ -534,8 +536,8 @@ def train(args, rank, world, local_rank, executor):
             continue
         for old_step, values in unchecked:
             broken = [name for name, value in values.items() if not value.isfinite()]
-            if scaler.is_enabled():
-                broken = [name for name in broken if name in losses]        # a norm only means another scale
+            if scaler.is_enabled() and scaler.get_scale() >= 1:
+                broken = [name for name in broken if name not in norms]     # it only means another scale
             if broken:
                 raise BadInput(what_broke(broken, old_step, args, teacher, len(prompts)))
         unchecked.clear()
