@@ -42,7 +42,7 @@ from student import save_student
 MEETING = datetime.timedelta(minutes=30)        # how long processes wait for others that are loading,
 WAIT = datetime.timedelta(minutes=2)            # and then in a step: who is later is taken for dead
 INFO = "checkpoint.json"
-FILE_SIZE = 2**30                               # bytes of a file of a checkpoint, of which there is a copy in memory
+FILE_SIZE = 2**29                               # bytes of a file of a checkpoint, of which there is a copy in memory
 
 def torchrun():
     """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
@@ -364,15 +364,14 @@ def not_finite(state):
 
 def check_space(out, state, student):
     """Raise BadInput if the disk cannot hold three checkpoints, of which two are kept, and a student that is replaced.
-    state, student: bytes of its files. Returns how much that is, as a text."""
+    state, student: bytes of its files."""
     files = [path for folder in (out / "state", out / "student") for path in folder.rglob("*.safetensors")]
     need = 3 * state + 2 * student - sum(path.stat().st_size for path in files)
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    takes = f"{state / 1e9:.2f} GB on disk, three of them while one is written"
     if need > free:
-        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {takes}")
-    return takes
+        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {state / 1e9:.2f} GB on "
+                       "disk, three of them while one is written")
 
 def rewind_log(path, step):
     """Drop the lines that a killed run logged after its last checkpoint, and a torn one. What is no record of a step is

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
+from plan import report
 from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
                  peak_memory, reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once,
                  whole_tensors)
@@ -350,6 +351,12 @@ def train(args, rank, world, local_rank, executor):
         limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance,
                                     until=args.match_until * schedule.T)
 
+    # ---- Conditions: encoded once, where there are few; in parts that are always the same, for the last bits' sake
+    encoded = None
+    if len(prompts) <= FEW_PROMPTS:
+        parts = [teacher.encode(prompts[first:first + 64]) for first in range(0, len(prompts), 64)]
+        encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     # ---- Resume, second part: every process reads what it holds
     state = training_state(student.network, optimizer)
     if args.ema:
@@ -381,7 +388,7 @@ def train(args, rank, world, local_rank, executor):
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
     if rank == 0:
-        takes = check_space(args.out, sum(t.nbytes for t in state.values()), sum(p.nbytes for p in params))
+        saved = sum(tensor.nbytes for tensor in state.values())
         frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
         held = sum(t.nbytes for t in (*params, *critic_params))             # gradients, which are whole on the way
         held += sum(local(t).nbytes for t in state.values())
@@ -392,7 +399,21 @@ def train(args, rank, world, local_rank, executor):
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
               f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory in each process, and what a pass needs; "
-              f"a checkpoint takes {takes}", flush=True)
+              f"a checkpoint takes {saved / 1e9:.2f} GB on disk, three of them while one is written", flush=True)
+        if args.dry_run:
+            matched, on_path = args.steps - match_from, match_from
+            on_path += matched // (PATH_EVERY * args.critic_updates)
+            counts = {"text": 0 if encoded else args.steps, "boundary": on_path if args.boundary_weight else 0,
+                      "bootstrap": on_path, "matching": matched // args.critic_updates,
+                      "critic": args.steps - critic_from}
+            counts = {part: steps for part, steps in counts.items() if steps}
+            batch = (world, local_batch // micro_batch, micro_batch,
+                     -(-micro_batch // BOUNDARY_EVERY) if args.boundary_weight else 0,
+                     min(8, micro_batch) if args.sample_every else 0)
+            size = sum(value.nbytes for value in encoded.values()) if encoded else 0
+            print(report(student, critic if args.match else None, state, args, batch, counts, size,
+                         functools.partial(autocast, device, dtype)))
+        check_space(args.out, saved, sum(p.nbytes for p in params))
     if args.dry_run:
         return
     stop = Stop(speaks=rank == 0)
@@ -417,12 +438,6 @@ def train(args, rank, world, local_rank, executor):
         in_fifty = functools.partial(teacher.solve, grid=schedule.grid(50), w=student.pick_guidance())
         with autocast(device, dtype):
             teacher_row = paint(in_fifty, teacher, shown_eps, shown, micro_batch)
-
-    # ---- Conditions: encoded once, where there are few; in parts that are always the same, for the last bits' sake
-    encoded = None
-    if len(prompts) <= FEW_PROMPTS:
-        parts = [teacher.encode(prompts[first:first + 64]) for first in range(0, len(prompts), 64)]
-        encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     # ---- Loop
     unchecked, logged_step, logged_at = [], start, time.time()

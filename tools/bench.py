@@ -1,29 +1,41 @@
-"""Loading and one forward pass against the reference libraries: time, memory, agreement.
+"""Against the reference libraries, ours and theirs in turn, medians: loading and passes, training steps, sampling.
 
     python -m tools.bench                                   the embedded teacher: U-Net, VAE, text encoder
     python -m tools.bench --teacher FOLDER --repeat 3       any teacher's folder
     python -m tools.bench --teacher FOLDER --parts vae      some of its networks
+    python -m tools.bench --step                            train.py's steps beside a loop on diffusers (tools/reference)
+    python -m tools.bench --step --alone --teacher FOLDER   without that, for which memory may be short
+    python -m tools.bench --sampling                        one step beside the pipeline's guided fifty
 
-Needs `pip install diffusers transformers`. Loading is timed in processes of their own, the forward pass in one; ours
-and theirs in turn, medians.
+Needs `pip install diffusers transformers`. Loading is timed in processes of its own.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import STEM, TINY, BadInput, command, load_module, read_json
+import train
+from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
-from teacher import PRECISION, pick_device
+from plan import step_costs
+from run import peak_memory
+from student import new_critic, new_student
+from teacher import PRECISION, load_teacher, pick_device, training_prompts
+from tools.kill import read_state
 
 # part -> our class, the stem of its weights' file, the library that has the reference
 PARTS = {"unet": (UNet, STEM, "diffusers"), "vae": (VAE, STEM, "diffusers"),
@@ -70,7 +82,7 @@ def measure_loading(which, part, folder, device, dtype):
     read = time.perf_counter()
     peak = memory("VmHWM", device) - before
     size = sum(p.nbytes for p in network.parameters())
-    print(json.dumps({"load": loaded - began, "read": read - began, "peak": peak / size, "size": size}))
+    return {"load": loaded - began, "read": read - began, "peak": peak / size, "size": size}
 
 
 def passes(part, config, size, batch, device, dtype):
@@ -100,69 +112,289 @@ def measure_forward(part, folder, device, dtype, size, batch, repeat, compiled):
     calls = dict(zip(LOADERS, passes(part, networks["ours"].config, size, batch, device, dtype)))
     if compiled:
         calls = {name: torch.compile(call) for name, call in calls.items()}
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     times, outputs = {name: [] for name in networks}, {}
     for _ in range(repeat + 1):                             # the first is not counted
         for name, network in networks.items():
-            wait()
+            wait(device)
             began = time.perf_counter()
             outputs[name] = calls[name](network).float()
-            wait()
+            wait(device)
             times[name].append(time.perf_counter() - began)
     a, b = outputs["ours"], outputs["theirs"]
     error = ((a - b).abs().max() / b.abs().max()).item()
     return {name: statistics.median(values[1:]) for name, values in times.items()}, error
 
 
+def again(args, inner):
+    """What this command, started again in a process of its own, measures there."""
+    done = subprocess.run([sys.executable, "-m", "tools.bench", *sys.argv[1:], "--inner", inner], capture_output=True,
+                          text=True)
+    if done.returncode:
+        raise BadInput(f"measuring {inner} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def bench(part, folder, args):
-    """Print what is measured of one network."""
+    """Print what is measured of one network. Returns it."""
     device, dtype = pick_device(args.device), PRECISION[args.precision]
     reference(part, folder)                                 # not there: said before anything is measured
     rows = {name: [] for name in LOADERS}
     for _ in range(args.repeat):
         for name in LOADERS:
-            child = [sys.executable, "-m", "tools.bench", "--teacher", args.teacher, "--parts", part,
-                     "--precision", args.precision, "--device", str(device), "--loading", name]
-            done = subprocess.run(list(map(str, child)), capture_output=True, text=True)
-            if done.returncode:
-                raise BadInput(f"loading {folder}, {name}, failed: {done.stderr.strip().splitlines()[-1:]}")
-            rows[name].append(json.loads(done.stdout.splitlines()[-1]))
-    size = rows["ours"][0]["size"] / 1e9
-    print(f"{folder}, {size:.2f} GB in {args.precision} on {device}, medians of {args.repeat}")
-    for name, measured in rows.items():
-        load, read, peak = (statistics.median(row[key] for row in measured) for key in ("load", "read", "peak"))
-        print(f"  {name:6}  load {load:6.2f} s, every weight read {read:6.2f} s, peak memory {peak:.2f} x the size")
+            rows[name].append(again(args, f"{name} {part}"))
+    size = rows["ours"][0]["size"]
+    found = {name: {key: statistics.median(row[key] for row in measured) for key in ("load", "read", "peak")}
+             for name, measured in rows.items()}
+    print(f"{folder}, {size / 1e9:.2f} GB in {args.precision} on {device}, medians of {args.repeat}")
+    for name, row in found.items():
+        print(f"  {name:6}  load {row['load']:6.2f} s, every weight read {row['read']:6.2f} s, peak memory "
+              f"{row['peak']:.2f} x the size")
     for compiled in (False, True) if args.compile else (False,):
-        medians, error = measure_forward(part, folder, device, dtype, args.size, args.batch, args.repeat, compiled)
-        a, b = medians.values()
+        row, error = measure_forward(part, folder, device, dtype, args.size, args.batch or 1, args.repeat, compiled)
+        a, b = row.values()
+        found["compiled" if compiled else "forward"] = row | {"ratio": a / b, "difference": error}
         print(f"  forward{' compiled' * compiled}: ours {a:.4f} s, theirs {b:.4f} s, ratio {a / b:.3f}, "
               f"difference {error:.1e} of the largest value", flush=True)
+    return found
+
+
+class Clock:
+    """Seconds inside the networks, their forward and backward passes, while it is on. On a GPU it waits at both ends
+    of each, so that nothing overlaps."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.depth, self.began = device, 0.0, 0, 0.0
+
+    def enter(self):
+        if self.depth == 0:                                 # blocks that are recomputed are within a backward pass
+            wait(self.device)
+            self.began = time.perf_counter()
+        self.depth += 1
+
+    def leave(self):
+        self.depth -= 1
+        if self.depth == 0:
+            wait(self.device)
+            self.seconds += time.perf_counter() - self.began
+
+    def around(self, function):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            self.enter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+        return timed
+
+    @contextlib.contextmanager
+    def on(self):
+        with contextlib.ExitStack() as stack:
+            for owner, name in ((UNet, "forward"), (TextEncoder, "forward"), (torch.Tensor, "backward"),
+                                (torch.autograd, "grad")):
+                stack.enter_context(mock.patch.object(owner, name, self.around(getattr(owner, name))))
+            yield
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Steps:
+    """Takes train.py's own loop apart at the beginning of its steps, where it asks for the learning rate: .seconds of
+    each, {step: s}. other: a function of train.py's arguments that makes a loop to go in turn with it, .others."""
+
+    def __init__(self, device, clock=None, other=None):
+        self.device, self.clock, self.other, self.loop = device, clock, other, None
+        self.seconds, self.others, self.inside, self.began = {}, {}, {}, None
+        self.learning_rate = train.learning_rate
+
+    def __call__(self, step, args, match_from):
+        wait(self.device)
+        now, lr = time.perf_counter(), self.learning_rate(step, args, match_from)
+        if self.began is not None:
+            self.seconds[step - 1] = now - self.began
+        if self.clock:
+            self.inside[step - 1], self.clock.seconds = self.clock.seconds, 0.0
+        if self.other:
+            self.loop = self.loop or self.other(args, match_from)
+            began = time.perf_counter()
+            self.loop.step(step, lr)
+            wait(self.device)
+            self.others[step] = time.perf_counter() - began
+        self.began = time.perf_counter()
+        return lr
+
+    def train(self, options):
+        with mock.patch.object(train, "learning_rate", self), mock.patch.object(sys, "argv", ["train.py", *options]):
+            train.main()
+
+
+# what a step of train.py does -> the parts of it
+KINDS = {"BOOT": ("boundary", "bootstrap"), "matched": ("matching", "critic"),
+         "both": ("boundary", "bootstrap", "matching", "critic")}
+
+
+def kind(step, match_from):
+    """What a step of train.py does; None for the first ones of each kind, which are slower, and the critic's own."""
+    if step == match_from or step == match_from - 1 or step < 2:
+        return None
+    return "BOOT" if step < match_from else "both" if (step + 1) % train.PATH_EVERY == 0 else "matched"
+
+
+def step_options(args, out):
+    """train.py's, for so many steps of BOOT as matched ones."""
+    options = {"teacher": args.teacher, "out": out, "steps": 2 * args.steps, "match-from": 0.5, "warmup": 1,
+               "precision": args.precision, "save-every": 10**9, "sample-every": 0, "device": args.device,
+               "batch": args.batch, "micro-batch": args.micro_batch, "match": args.match}
+    options = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+    return options + ["--grad-checkpointing"] * args.grad_checkpointing
+
+
+def measure_steps(args):
+    """In a process of its own: {kind: {seconds, share outside the networks, FLOPs}} of train.py's steps, and memory."""
+    device, rows = pick_device(args.device), {}
+    with tempfile.TemporaryDirectory() as out:
+        steps = Steps(device)
+        steps.train(step_options(args, Path(out) / "timed"))
+        peak, clock = peak_memory(device), Clock(device)
+        with clock.on():
+            taken_apart = Steps(device, clock)
+            taken_apart.train(step_options(args, Path(out) / "taken apart"))
+    flops = count_flops(train.parse_args(step_options(args, "unused")), device)
+    for name, parts in KINDS.items():
+        chosen = [step for step in steps.seconds if kind(step, args.steps) == name]
+        rows[name] = {
+            "seconds": statistics.median(steps.seconds[step] for step in chosen),
+            "outside": statistics.median(1 - taken_apart.inside[k] / taken_apart.seconds[k] for k in chosen),
+            "flops": sum(flops[part] for part in parts)}
+    return {"rows": rows, "flops": flops, "peak": peak}
+
+
+def count_flops(args, device):
+    """{part: FLOPs of a step} of train.py with these options."""
+    teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
+    train.settle(args, teacher)
+    student = new_student(teacher, args.input_time, args.guidance)
+    critic = new_critic(student)
+    student.network.requires_grad_(True)
+    critic.network.requires_grad_(True)
+    _, samples = train.split_batch(args, 1)
+    flops, _ = step_costs(student, critic, args, samples, -(-samples // train.BOUNDARY_EVERY), 0,
+                          functools.partial(train.autocast, device, teacher.dtype))
+    return {part: count / samples * args.batch for part, count in flops.items()}
+
+
+def matmul_rate(device, dtype, repeat=10):
+    """FLOP/s of a large product of random matrices: what this machine can do."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    times = []
+    for _ in range(repeat + 1):
+        wait(device)
+        began = time.perf_counter()
+        a @ b
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / statistics.median(times[1:])
+
+
+def bench_steps(args):
+    """Print what is measured of train.py's steps, beside the reference loop unless alone. Returns it."""
+    device, found = pick_device(args.device), {}
+    if not args.alone:
+        with tempfile.TemporaryDirectory() as out:
+            steps = Steps(device, other=reference_loop)
+            steps.train(step_options(args, Path(out) / "run"))
+            state = read_state(Path(out) / "run")
+        theirs = {"network": steps.loop.network, "critic_network": steps.loop.critic_network}
+        found["difference"] = max(differ(state, name, network) for name, network in theirs.items())
+    found |= again(args, "steps")
+    limit = matmul_rate(device, PRECISION[args.precision])
+    batch = train.parse_args(step_options(args, "unused")).batch
+    print(f"{args.teacher}, steps of {batch} in {args.precision} on {device}, medians; peak memory "
+          f"{found['peak'] / 1e9:.2f} GB; a large matrix product has {limit / 1e12:.3g} TFLOP/s")
+    for name, row in found["rows"].items():
+        row |= {"samples/s": batch / row["seconds"], "share": row["flops"] / row["seconds"] / limit}
+        print(f"  {name:8} {row['seconds']:.4f} s, {row['samples/s']:.1f} samples/s, {row['flops'] / 1e9:.1f} GFLOP, "
+              f"{row['share']:.0%} of the product's rate, {row['outside']:.1%} outside the networks")
+        if not args.alone:
+            pairs = [(steps.seconds[k], steps.others[k], steps.others[k] / steps.seconds[k])
+                     for k in steps.seconds if kind(k, args.steps) == name]
+            row["ours"], row["theirs"], row["ratio"] = map(statistics.median, zip(*pairs))
+            print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, ratio {row['ratio']:.3f}")
+    print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in found["flops"].items()))
+    if not args.alone:
+        print(f"  after all steps the two are {found['difference']:.1e} apart (||a - b|| / ||b|| of the weights)")
+    return found
+
+
+def reference_loop(args, match_from):
+    """tools/reference.py's, of a teacher of text in a folder."""
+    try:
+        from tools.reference import Loop
+    except ImportError as error:
+        raise BadInput(f"the reference library is not installed: {error}") from None
+    device = pick_device(args.device)
+    teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
+    train.settle(args, teacher)
+    _, args.micro_batch = train.split_batch(args, 1)
+    return Loop(teacher.folder, args, teacher, training_prompts(teacher, None), match_from)
+
+
+def differ(state, name, network):
+    """||a - b|| / ||b|| of our weights in a checkpoint and a network of theirs."""
+    ours, theirs = zip(*((state[f"{name}.{key}"], p.detach().cpu()) for key, p in network.named_parameters()))
+    return math.sqrt(sum((a - b).square().sum() for a, b in zip(ours, theirs)) / sum(b.square().sum() for b in theirs))
 
 
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--teacher", type=Path, default=TINY, help="its folder, in the diffusers layout (default: tiny)")
-    p.add_argument("--parts", nargs="+", choices=list(PARTS), help="which networks (default: all there are)")
+    p.add_argument("--teacher", default="tiny", help="its name, or its folder in the diffusers layout (default: tiny)")
     p.add_argument("--precision", choices=list(PRECISION), default="fp32")
-    p.add_argument("--size", type=int, help="height and width of sample or latents (default: the config's)")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--repeat", type=int, default=5)
-    p.add_argument("--compile", action="store_true", help="also time both under torch.compile")
+    p.add_argument("--batch", type=int, help="(default: 1, of --step train.py's)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    p.add_argument("--loading", choices=list(LOADERS), help=argparse.SUPPRESS)
+    p.add_argument("--json", type=Path, help="write what was measured to this file, too")
+    p.add_argument("--inner", help=argparse.SUPPRESS)
+    option = p.add_argument_group("loading and passes").add_argument
+    option("--parts", nargs="+", choices=list(PARTS), help="which networks (default: all there are)")
+    option("--size", type=int, help="height and width of sample or latents (default: the config's)")
+    option("--repeat", type=int, default=5)
+    option("--compile", action="store_true", help="also time both under torch.compile")
+    option = p.add_argument_group("training").add_argument
+    option("--step", action="store_true", help="time whole steps")
+    option("--alone", action="store_true", help="without the loop on diffusers")
+    option("--steps", type=int, default=22, help="so many of BOOT, and as many matched ones (default: %(default)s)")
+    option("--micro-batch", type=int, help="train.py's")
+    option("--match", type=float, help="train.py's")
+    option("--grad-checkpointing", action="store_true", help="train.py's")
     args = p.parse_args()
-    if min(args.repeat, args.batch, args.size or 1) < 1:
+    if min(args.repeat, args.batch or 1, args.size or 1) < 1:
         p.error("--repeat, --batch and --size are 1 or more")
-    folders = {part: args.teacher / part for part in PARTS if (args.teacher / part).is_dir()}
-    folders = {"unet": args.teacher} | folders              # the pixel models keep theirs at the root
-    for part in args.parts or folders:
-        if part not in folders:
-            raise BadInput(f"{args.teacher} has no {part}/")
-        if args.loading:
-            measure_loading(args.loading, part, folders[part], pick_device(args.device), PRECISION[args.precision])
-        else:
-            bench(part, folders[part], args)
+    if args.steps < 6:
+        p.error("--steps is 6 or more")
+    device, dtype = pick_device(args.device), PRECISION[args.precision]
+    if args.inner == "steps":
+        return print(json.dumps(measure_steps(args)))
+    folder, _ = resolve(args.teacher)
+    folders = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    folders = {"unet": folder} | folders                    # the pixel models keep theirs at the root
+    if args.inner:
+        which, part = args.inner.split()
+        return print(json.dumps(measure_loading(which, part, folders[part], device, dtype)))
+    if args.step:
+        found = bench_steps(args)
+    else:
+        found = {}
+        for part in args.parts or folders:
+            if part not in folders:
+                raise BadInput(f"{args.teacher} has no {part}/")
+            found[part] = bench(part, folders[part], args)
+    if args.json:
+        write_json(args.json, found)
+    return None
 
 
 if __name__ == "__main__":
