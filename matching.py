@@ -36,7 +36,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
     unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
     product = ((f - h) * (h - leaf) / unit).sum()           # not the mean, whose gradient would underflow in fp16
     with torch.autocast(x.device.type, enabled=False):      # a backward pass has the types of its forward pass
-        [gradient] = torch.autograd.grad(product, leaf)
+        [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
     divergence = ((f - h).square() / unit).detach()
     return (divergence + gradient * (x - x.detach())).flatten(1).mean(1)
 

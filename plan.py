@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from matching import critic_loss, limited_guidance, matching_loss
 from model import UNet
-from signal_ode import bootstrap_loss, boundary_loss
+from signal_ode import boot_losses
 from run import local, spare_memory
 from student import Critic, Student
 
@@ -94,27 +94,23 @@ def step_costs(student, critic, args, samples, num_boundary, num_pictures, autoc
             t = torch.full((samples,), schedule.T)
             if args.guidance != 1:
                 condition["w"] = torch.ones(samples)
-            if num_boundary:
-                few = {name: value[:num_boundary] for name, value in condition.items()}
-                with counted(flops, "boundary"):
-                    with autocast():
-                        loss = boundary_loss(student, teacher.denoise, eps[:num_boundary], schedule, **few)
-                    loss.sum().backward()
-            with counted(flops, "bootstrap"):
+            with counted(flops, "BOOT"):
                 with autocast():
-                    loss = bootstrap_loss(student, teacher.denoise, eps, t, t - 1, schedule, args.solver, **condition)
-                loss.sum().backward()
+                    L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, t - 1, schedule, slice(num_boundary),
+                                             args.solver, **condition)
+                (L_BS.sum() + L_BC.sum()).backward()
             if critic:
                 with counted(flops, "matching"):
                     with autocast():
                         x = student(eps, 0, **condition)
-                        loss = matching_loss(x, limited, critic.denoise, n, t, schedule, **condition)
-                    loss.sum().backward()
+                        L_M = matching_loss(x, limited, critic.denoise, n, t, schedule, **condition)
+                    L_M.sum().backward()
                 with counted(flops, "critic"):
                     with autocast():
-                        loss = critic_loss(x.detach(), critic, n, t, schedule, **condition)
-                    loss.sum().backward()
-            loss = x = None
+                        L_C = critic_loss(x.detach(), critic.again, n, t, schedule, **condition)
+                    L_C.sum().backward()
+                del x, L_M, L_C
+            del L_BS, L_BC
             with counted(flops, "decoding"), torch.no_grad(), autocast():
                 if teacher.vae and num_pictures:
                     teacher.vae.decode(eps[:num_pictures])

@@ -178,29 +178,38 @@ def student_signal(network, eps, t, i, schedule, **condition):
     x_i = like(schedule.sigma(i), eps) * eps
     return clean_prediction(network(x_i, i, t, **condition), x_i, i, schedule)
 
-def bootstrap_target(student, teacher, eps, t, s, schedule, solver="euler", **condition):
-    """One solver step of the Signal-ODE from the student's own y_t = g(eps, t) to s. No gradient. (B, ...)
-    student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
+def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler", weight=1.0, **condition):
+    """L_BS of each sample, (B,), and L_BC of those that the slice `boundary` picks, (B',): bootstrap_loss and
+    boundary_loss, with their samples in one batch. For picking, conditions have to be tensors (B, ...).
+
+    L_BS = || (g(eps, s) - target) / (1 - r) ||^2 is the student at s against one solver step of the Signal-ODE from the
+    student's own y_t = g(eps, t). The division puts the error in units of the clean prediction, and is the exact form
+    of the paper's 1 / (lam' delta)^2. L_BC = || g(eps, T) - f(eps, T) ||^2 is the noise end, where the ODE determines
+    nothing. No gradient goes through the targets.
+    student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t.
+    weight: float or (B,)."""
     check_solver(solver)
+    few, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
+    both = {name: torch.cat([c, c[boundary]]) for name, c in condition.items()} if len(few) else condition
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
-        f = teacher(noisy(y_t, eps, t, schedule), t, **condition)
+        f = teacher(torch.cat([noisy(y_t, eps, t, schedule), few]), torch.cat([t, T]), **both)
+        f, f_T = f[:len(eps)], f[len(eps):]
         if solver == "heun":
             y_s = signal_step(y_t, f, t, s, schedule)
             f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1), **condition)        # networks have no time 0
             f = torch.where(like(s, f) > 0, (f + f_s) / 2, f)                               # s = 0 keeps f: see solve
-        return signal_step(y_t, f, t, s, schedule)
+        target = torch.cat([signal_step(y_t, f, t, s, schedule), f_T])
+    error = student(torch.cat([eps, few]), torch.cat([s, T]), **both) - target
+    L_BS = (error[:len(eps)] / like(1 - contraction(t, s, schedule), target)).square().flatten(1).mean(1)
+    return weight * L_BS, error[len(eps):].square().flatten(1).mean(1)
 
 def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight=1.0, **condition):
-    """L_BS of each sample, (B,): the student at s against one solver step from the student at t.
-    || (g(eps, s) - target) / (1 - r) ||^2: the division puts the error in units of the clean prediction, and is the
-    exact form of the paper's 1 / (lam' delta)^2. weight: float or (B,). The rest as in bootstrap_target."""
-    target = bootstrap_target(student, teacher, eps, t, s, schedule, solver, **condition)
-    error = (student(eps, s, **condition) - target) / like(1 - contraction(t, s, schedule), target)
-    return weight * error.square().flatten(1).mean(1)
+    """L_BS of each sample, (B,). Arguments as in boot_losses; conditions are passed on unread."""
+    return boot_losses(student, teacher, eps, t, s, schedule, slice(0), solver, weight, **condition)[0]
 
 def boundary_loss(student, teacher, eps, schedule, **condition):
-    """L_BC of each sample, (B,): || g(eps, T) - f(eps, T) ||^2, at the noise end, where the ODE determines nothing."""
+    """L_BC of each sample, (B,): || g(eps, T) - f(eps, T) ||^2."""
     T = torch.full((len(eps),), schedule.T, device=eps.device)
     with torch.no_grad():
         target = teacher(eps, T, **condition)

@@ -33,7 +33,7 @@ from plan import report
 from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
                  peak_memory, reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once,
                  whole_tensors)
-from signal_ode import bootstrap_loss, boundary_loss, contraction
+from signal_ode import boot_losses, contraction
 from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
@@ -403,9 +403,8 @@ def train(args, rank, world, local_rank, executor):
         if args.dry_run:
             matched, on_path = args.steps - match_from, match_from
             on_path += matched // (PATH_EVERY * args.critic_updates)
-            counts = {"text": 0 if encoded else args.steps, "boundary": on_path if args.boundary_weight else 0,
-                      "bootstrap": on_path, "matching": matched // args.critic_updates,
-                      "critic": args.steps - critic_from}
+            counts = {"text": 0 if encoded else args.steps, "BOOT": on_path,
+                      "matching": matched // args.critic_updates, "critic": args.steps - critic_from}
             counts = {part: steps for part, steps in counts.items() if steps}
             batch = (world, local_batch // micro_batch, micro_batch,
                      -(-micro_batch // BOUNDARY_EVERY) if args.boundary_weight else 0,
@@ -470,21 +469,16 @@ def train(args, rank, world, local_rank, executor):
             # losses: L = beta * L_BC + L_BS + match * L_M, each backward on its own: one loss's graphs are in memory at
             # a time, of L_M those of student, teacher and critic
             last_part = samples.stop == (rank + 1) * local_batch            # of the step
-            boundary = slice(-first % BOUNDARY_EVERY, None, BOUNDARY_EVERY)
-            if on_path and args.boundary_weight and len(eps[boundary]):
-                reduce_in_backward(student.network, False)
-                with autocast(device, dtype):
-                    L_BC = boundary_loss(student, teacher.denoise, eps[boundary], schedule,
-                                         **select(condition, boundary))
-                scaler.scale(args.boundary_weight / num_boundary * L_BC.sum()).backward()
-                log["boundary"] += L_BC.detach().sum() / num_boundary
             if on_path:
                 reduce_in_backward(student.network, last_part and not matches)
+                boundary = slice(-first % BOUNDARY_EVERY, None, BOUNDARY_EVERY) if args.boundary_weight else slice(0)
                 weight = (1 - contraction(t, s, schedule)).float() ** args.weight
                 with autocast(device, dtype):
-                    L_BS = bootstrap_loss(student, teacher.denoise, eps, t, s, schedule, args.solver, weight,
-                                          **condition)
-                scaler.scale(L_BS.sum() / args.batch).backward()
+                    L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule, boundary, args.solver,
+                                             weight, **condition)
+                loss = L_BS.sum() / args.batch + args.boundary_weight / num_boundary * L_BC.sum()
+                scaler.scale(loss).backward()
+                log["boundary"] += L_BC.detach().sum() / num_boundary
                 bins = schedule.index(t) * BINS // schedule.T               # (B,): times 1..T to 0..BINS - 1
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
@@ -504,7 +498,7 @@ def train(args, rank, world, local_rank, executor):
             if critic_learns:
                 reduce_in_backward(critic.network, last_part)
                 with autocast(device, dtype):
-                    L_C = critic_loss(x.detach(), critic, n, tau, schedule, **condition)
+                    L_C = critic_loss(x.detach(), critic.again, n, tau, schedule, **condition)
                 scaler.scale(L_C.sum() / args.batch).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 

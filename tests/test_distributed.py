@@ -146,12 +146,13 @@ def test_half_precision_resumes_bitwise(call, tmp_path, precision):
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkeypatch):
     """Though nobody looks in every step; nothing of it is saved."""
-    calls, loss = [], train.bootstrap_loss
+    calls, losses = [], train.boot_losses
 
     def break_at_the_fourth(*args, **condition):
         calls.append(args)
-        return loss(*args, **condition) / (len(calls) != 4)
-    monkeypatch.setattr(train, "bootstrap_loss", break_at_the_fourth)
+        L_BS, L_BC = losses(*args, **condition)
+        return L_BS / (len(calls) != 4), L_BC
+    monkeypatch.setattr(train, "boot_losses", break_at_the_fourth)
     code, _, error = call("train", *SHORT[1:], "--batch", 4, "--steps", 20, "--save-every", 3, "--out", tmp_path)
     *_, t, _, _, _ = train.draw(0, 3, range(4), (4, 8, 8), 1000, 1512, 3.0)
     assert code == 2 and f"bootstrap and grad_norm not finite at step 3 (times {t.tolist()}, ..." in error, error

@@ -200,7 +200,7 @@ def default_run(run, tmp_path_factory):
 def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, default_run, variant):
     """From BOOT's first step to a matched one, to another end than the defaults; but the one that is watched keeps its
     checkpoints' students instead."""
-    for name in ("match_time", "matching_loss", "bootstrap_loss", "boundary_loss", "PATH_EVERY", "MATCH_BETA_1",
+    for name in ("match_time", "matching_loss", "boot_losses", "PATH_EVERY", "MATCH_BETA_1",
                  "new_optimizer", "learning_rate"):
         monkeypatch.setattr(train, name, getattr(train, name))              # to be put back
     monkeypatch.setattr(Saver, "save", Saver.save)

@@ -232,8 +232,7 @@ class Steps:
 
 
 # what a step of train.py does -> the parts of it
-KINDS = {"BOOT": ("boundary", "bootstrap"), "matched": ("matching", "critic"),
-         "both": ("boundary", "bootstrap", "matching", "critic")}
+KINDS = {"BOOT": ("BOOT",), "matched": ("matching", "critic"), "both": ("BOOT", "matching", "critic")}
 
 
 def kind(step, match_from):

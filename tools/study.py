@@ -106,50 +106,50 @@ def difference_loss(x, teacher, critic, n, tau, schedule, unit_length=False, **c
 
 def hard_boundary():
     """PID's boundary (Tee et al. 2024, arXiv 2411.08378): g is f(eps, T) at T by construction, and not by a loss."""
-    loss = train.bootstrap_loss
+    losses = train.boot_losses
 
-    def bootstrap_loss(student, teacher, eps, t, s, schedule, *settings, **condition):
+    def boot_losses(student, teacher, eps, t, s, schedule, _, *settings, **condition):
         with torch.no_grad():
             start = teacher(eps, torch.full_like(t, schedule.T), **condition)
 
         def pinned(eps, t, **condition):
             share = like(t / schedule.T, eps)
             return share * start + (1 - share) * student(eps, t, **condition)
-        return loss(pinned, teacher, eps, t, s, schedule, *settings, **condition)
-    train.bootstrap_loss = bootstrap_loss
-    train.boundary_loss = lambda student, teacher, eps, *_, **__: torch.zeros(len(eps), requires_grad=True)
+        return losses(pinned, teacher, eps, t, s, schedule, slice(0), *settings, **condition)
+    train.boot_losses = boot_losses
 
 
 def adaptive_weight():
     """The weight of L_M by gradient norms at the last layer, those of L_BS over those of L_M, averaged over steps."""
-    bootstrap, matching, seen = train.bootstrap_loss, train.matching_loss, {}
+    boot, matching, seen = train.boot_losses, train.matching_loss, {}
 
     def norm(loss):
         [gradient] = torch.autograd.grad(loss.mean(), seen["last"], retain_graph=True)
         return gradient.norm().item()
 
-    def bootstrap_loss(student, *args, **condition):
+    def boot_losses(student, *args, **condition):
         seen["last"] = student.network.conv_out.weight
-        loss = bootstrap(student, *args, **condition)
-        size = norm(loss)
+        L_BS, L_BC = boot(student, *args, **condition)
+        size = norm(L_BS)
         seen["path"] = 0.95 * seen.get("path", size) + 0.05 * size
-        return loss
+        return L_BS, L_BC
 
     def matching_loss(*args, **condition):
         loss = matching(*args, **condition)
         size = norm(loss)
         seen["match"] = 0.95 * seen.get("match", size) + 0.05 * size
         return seen.get("path", size) / seen["match"] * loss
-    train.bootstrap_loss, train.matching_loss = bootstrap_loss, matching_loss
+    train.boot_losses, train.matching_loss = boot_losses, matching_loss
 
 
 def no_clean_end():
     """BOOT's loss without the samples whose s is the clean end, g(eps, 0), which is matched instead."""
-    bootstrap = train.bootstrap_loss
+    losses = train.boot_losses
 
-    def bootstrap_loss(student, teacher, eps, t, s, *args, **condition):
-        return bootstrap(student, teacher, eps, t, s, *args, **condition) * (s > 0)
-    train.bootstrap_loss = bootstrap_loss
+    def boot_losses(student, teacher, eps, t, s, *args, **condition):
+        L_BS, L_BC = losses(student, teacher, eps, t, s, *args, **condition)
+        return L_BS * (s > 0), L_BC
+    train.boot_losses = boot_losses
 
 
 def falling():
