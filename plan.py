@@ -1,6 +1,6 @@
 """What a step of train.py takes, before it is taken: floating-point operations, and memory of passes.
 
-    flops, passes = step_costs(student, critic, args, samples, num_boundary, num_pictures, autocast)
+    flops, passes = step_costs(student, critic, args, samples, boundary, autocast)
 
 The passes compute nothing. Fake tensors have a shape, a dtype and a device, but no values; torch takes them through the
 operations of the real ones, which are counted, and so are the bytes of what is in use at the same time.
@@ -30,9 +30,8 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
-# Of a checkpoint's names, whose memory they are
-STATE = {"network.": "student", "ema.": "average", "critic_network.": "critic", "critic_": "critic's Adam",
-         "scaler": "Adam", "step.": "Adam", "exp_avg": "Adam"}
+# Beginnings of names in a checkpoint, and whose memory that is, beside the networks'
+STATE = {"ema.": "average", "critic_network.": None, "critic_": "critic's Adam", "exp_avg": "Adam"}
 PYTHON = 440e6          # bytes of a process on a CPU, with the libraries, their threads and code: found by trial
 
 class Ledger(TorchDispatchMode):
@@ -76,10 +75,10 @@ def counted(flops, name):
         yield
     flops[name] = counter.get_total_flops()
 
-def step_costs(student, critic, args, samples, num_boundary, num_pictures, autocast):
+def step_costs(student, critic, args, samples, boundary, autocast):
     """({part: FLOPs}, bytes of gradients and of what the passes make, at most) of a micro-batch that has all of
-    train.py's losses, and of painting.
-    critic: or None. num_boundary: samples with a boundary loss. num_pictures: or 0. autocast: makes a context."""
+    train.py's losses, and of decoding pictures. critic: or None. boundary: the slice of the samples that have such a
+    loss. autocast: makes a context."""
     teacher, flops, ledger = copy.copy(student.teacher), {}, Ledger()
     schedule = teacher.schedule = copy.deepcopy(teacher.schedule)           # whose tables are to stay real ones
     limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance, until=schedule.T)
@@ -96,9 +95,10 @@ def step_costs(student, critic, args, samples, num_boundary, num_pictures, autoc
                 condition["w"] = torch.ones(samples)
             with counted(flops, "BOOT"):
                 with autocast():
-                    L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, t - 1, schedule, slice(num_boundary),
-                                             args.solver, **condition)
-                (L_BS.sum() + L_BC.sum()).backward()
+                    losses = boot_losses(student, teacher.denoise, eps, t, t - 1, schedule, boundary, args.solver,
+                                         **condition)
+                torch.cat(losses).sum().backward()
+            del losses
             if critic:
                 with counted(flops, "matching"):
                     with autocast():
@@ -110,38 +110,46 @@ def step_costs(student, critic, args, samples, num_boundary, num_pictures, autoc
                         L_C = critic_loss(x.detach(), critic.again, n, t, schedule, **condition)
                     L_C.sum().backward()
                 del x, L_M, L_C
-            del L_BS, L_BC
-            with counted(flops, "decoding"), torch.no_grad(), autocast():
-                if teacher.vae and num_pictures:
-                    teacher.vae.decode(eps[:num_pictures])
+            if args.sample_every and teacher.vae:
+                with torch.no_grad():
+                    teacher.vae.decode(eps[:teacher.decoded_at_once])
     return flops, ledger.peak
 
-def report(student, critic, state, args, batch, counts, prompts, autocast):
-    """The lines of --dry-run: operations of a sample and of the run, and the memory of a process, part by part.
-    state: the tensors of a checkpoint, by name. batch: (processes, micro-batches of each, samples of one, those of them
-    with a boundary loss, pictures painted at once). counts: {part: steps of the run that have it}. prompts: bytes of
-    those that are encoded once. autocast: makes a context."""
-    processes, parts, samples, num_boundary, num_pictures = batch
-    teacher, device = student.teacher, student.teacher.device
-    flops, passes = step_costs(student, critic, args, samples, num_boundary, num_pictures, autocast)
-    total = sum(flops[part] / samples * args.batch * steps for part, steps in counts.items())
-    networks = {"teacher": teacher.unet, "VAE": teacher.vae, "text encoder": teacher.text_encoder}
-    networks = {"student": student.network} | {name: part for name, part in networks.items() if part is not None}
+def most_at_once(spare, choices, student, critic, args, boundary, autocast):
+    """The first of the choices, numbers of samples that grow less, whose passes take no more bytes than are spare; or
+    the last. The rest as above."""
+    for samples in choices[:-1]:
+        if step_costs(student, critic, args, samples, boundary, autocast)[1] <= spare:
+            return samples
+    return choices[-1]
+
+def report(student, critic, args, split, boundary, steps, state, prompts, autocast):
+    """The lines of --dry-run: parameters, operations, and the memory of a process, part by part.
+    split: processes, micro-batches of each, samples of one. steps: {part: how many of the run's have it}. state: the
+    tensors of a checkpoint, by name. prompts: the conditions that are encoded once, or {}. The rest: as above."""
+    teacher, device, samples = student.teacher, student.teacher.device, split[-1]
+    flops, passes = step_costs(student, critic, args, samples, boundary, autocast)
+    networks = {"student": student.network, "critic": critic and critic.network, "teacher": teacher.unet,
+                "VAE": teacher.vae, "text encoder": teacher.text_encoder}
+    networks = {name: network for name, network in networks.items() if network is not None}
     memory = {name: sum(local(p).nbytes for p in network.parameters()) for name, network in networks.items()}
     for name, tensor in state.items():
-        part = next(part for prefix, part in STATE.items() if name.startswith(prefix))
-        memory[part] = memory.get(part, 0) + (local(tensor).nbytes if part != "student" else 0)
-    gradients = sum(p.numel() * p.element_size() for net in (student, critic) if net for p in net.network.parameters())
-    memory |= {"prompts": prompts, "gradients": gradients, "passes": passes - gradients}
+        if part := next((part for prefix, part in STATE.items() if name.startswith(prefix)), None):
+            memory[part] = memory.get(part, 0) + local(tensor).nbytes
+    gradients = sum(4 * p.numel() for network in networks.values() for p in network.parameters() if p.requires_grad)
+    memory |= {"prompts": sum(value.nbytes for value in prompts.values()), "gradients": gradients,
+               "activations": passes - gradients}
     if device.type == "cpu":
         saved = sum(tensor.nbytes for tensor in state.values())
         memory |= {"saving": 2 * saved if spare_memory() > 2 * saved else 0, "Python": PYTHON}
-    rows = [f"  {name:13} {sum(p.numel() for p in network.parameters()) / 1e6:9.1f} M parameters"
-            for name, network in networks.items()]
-    rows += [f"a step          {args.batch} samples: {processes} processes x {parts} times {samples} at once"]
-    rows += [f"  {part:13} {flops[part] / samples / 1e9:9.2f} GFLOP a sample, in {steps} steps"
-             for part, steps in counts.items()]
-    rows += [f"the run         {total:.3g} FLOP"]
-    rows += [f"  {name:13} {size / 1e9:9.3f} GB" for name, size in memory.items() if size]
-    rows += [f"at most         {sum(memory.values()) / 1e9:9.3f} GB of {device} in each process"]
-    return "\n".join(rows)
+    lines = [f"a step: {args.batch} samples = {split[0]} x {split[1]} x {samples} (processes, micro-batches, at once)",
+             "parameters, millions"]
+    lines += [f"  {name:15} {sum(p.numel() for p in network.parameters()) / 1e6:10.1f}"
+              for name, network in networks.items()]
+    lines += ["GFLOP of a sample, and steps that have them"]
+    lines += [f"  {part:15} {flops[part] / samples / 1e9:10.2f} {number:10}" for part, number in steps.items()]
+    total = sum(flops[part] / samples * args.batch * number for part, number in steps.items())
+    lines += [f"  the whole run   {total / 1e9:10.3g}", f"memory of a process, GB of {device}"]
+    lines += [f"  {name:15} {size / 1e9:10.3f}" for name, size in memory.items() if size]
+    lines += [f"  at most         {sum(memory.values()) / 1e9:10.3f}"]
+    return "\n".join(lines)

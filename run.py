@@ -370,8 +370,8 @@ def check_space(out, state, student):
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
-        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {state / 1e9:.2f} GB on "
-                       "disk, three of them while one is written")
+        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {state / 1e9:.2f} GB "
+                       "on disk, three of them while one is written")
 
 def rewind_log(path, step):
     """Drop the lines that a killed run logged after its last checkpoint, and a torn one. What is no record of a step is

@@ -9,6 +9,7 @@
 
 import functools
 import hashlib
+import math
 import random
 import warnings
 from pathlib import Path
@@ -141,13 +142,18 @@ class Teacher:
         """The end (B, C, h, w) of the trajectory of noise eps: DDIM's, unless told otherwise. See signal_ode.solve."""
         return solve(self.denoise, eps, grid, self.schedule, solver, space, **condition)[-1]
 
+    @property
+    def decoded_at_once(self):
+        """How many latents are decoded together: one of 768x768 pixels, four of 512x512."""
+        return max(1, 2**16 // math.prod(self.shape))
+
     @torch.no_grad()
     def decode(self, latents, seeds=None):
         """Images (B, 3, H, W) in [-1, 1], float32, of latents or, where there is no VAE, of pixels. Raises BadInput for
         one that is not finite, with its seed, or the number of its row."""
         images = latents
-        if self.vae is not None:                            # in parts that fit: one image of 768x768, four of 512x512
-            parts = latents.split(max(1, 2**16 // latents[0].numel()))
+        if self.vae is not None:
+            parts = latents.split(self.decoded_at_once)
             images = torch.cat([self.vae.decode(part) for part in parts])
         good = [z.flatten(1).isfinite().all(1).tolist() for z in (latents, images)]
         for seed, *finite in zip(range(len(images)) if seeds is None else seeds, *good):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
-from plan import report
+from plan import most_at_once, report
 from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
                  peak_memory, reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once,
                  whole_tensors)
@@ -39,6 +39,7 @@ from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, rea
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
+AT_ONCE = (16, 8, 4, 2, 1)  # samples on a GPU, where --micro-batch is not given: the first that its memory allows
 FEW_PROMPTS = 2**11         # or fewer are encoded once
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
@@ -76,7 +77,7 @@ def add_options(parser):
     option("--steps", type=int, help=either["steps"])
     option("--batch", type=int, help=f"total over all processes {either['batch']}")
     option("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory "
-           "(default: its whole share for an embedded teacher, up to 4 for another)")
+           "(default: its whole share for an embedded teacher; else up to 16 on a GPU with the memory, up to 4 on a CPU)")
     option("--lr", type=float, help=f"peak {either['lr']}")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
@@ -218,6 +219,10 @@ def autocast(device, dtype):
     """Mixed precision. Cast weights are not cached: casts made under no_grad would be reused, and give no gradient."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
+def boundary_samples(args, first):
+    """Which of the samples first, first + 1, ... of a step have a boundary loss."""
+    return slice(-first % BOUNDARY_EVERY, None, BOUNDARY_EVERY) if args.boundary_weight else slice(0)
+
 def learning_rate(step, args, match_from):
     """Linear warm-up, constant, linear decay over the last part to the rate of matching; from the step match_from on,
     that rate, decaying likewise to zero."""
@@ -288,6 +293,7 @@ def train(args, rank, world, local_rank, executor):
     device = pick_device(args.device, local_rank)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = PRECISION[args.precision]
+    mixed = functools.partial(autocast, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")    # fp16 flushes below 6e-8 to zero
     warnings.showwarning = warn_once if rank == 0 else lambda *_: None
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
@@ -339,7 +345,7 @@ def train(args, rank, world, local_rank, executor):
     optimizer = new_optimizer(params, args.lr, device)
 
     # ---- Critic: the third network, which learns what the student paints, to tell it from what the teacher would
-    critic_params = []
+    critic, critic_params = None, []
     if args.match:
         critic = new_critic(student)
         critic.network.requires_grad_(True)
@@ -387,12 +393,20 @@ def train(args, rank, world, local_rank, executor):
         if match_from >= args.steps and rank == 0:
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
+    frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
+    held = sum(local(t).nbytes for t in (*state.values(), *(p for part in frozen for p in part.parameters())))
+    if args.micro_batch is None and not is_embedded(args.teacher) and device.type == "cuda":
+        spare = 0.9 * torch.cuda.get_device_properties(device).total_memory - held
+        micro_batch = most_at_once(spare, [m for m in AT_ONCE if local_batch % m == 0], student, critic, args,
+                                   boundary_samples(args, 0), mixed)
+        if world > 1:
+            micro_batch = torch.tensor(micro_batch)
+            with together(rank):
+                dist.all_reduce(micro_batch, dist.ReduceOp.MIN, control)    # GPUs may differ
+            micro_batch = micro_batch.item()
     if rank == 0:
         saved = sum(tensor.nbytes for tensor in state.values())
-        frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
-        held = sum(t.nbytes for t in (*params, *critic_params))             # gradients, which are whole on the way
-        held += sum(local(t).nbytes for t in state.values())
-        held += sum(local(p).nbytes for part in frozen for p in part.parameters())
+        held += sum(t.nbytes for t in (*params, *critic_params))            # gradients, which are whole on the way
         matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
@@ -401,17 +415,12 @@ def train(args, rank, world, local_rank, executor):
               f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory in each process, and what a pass needs; "
               f"a checkpoint takes {saved / 1e9:.2f} GB on disk, three of them while one is written", flush=True)
         if args.dry_run:
-            matched, on_path = args.steps - match_from, match_from
-            on_path += matched // (PATH_EVERY * args.critic_updates)
-            counts = {"text": 0 if encoded else args.steps, "BOOT": on_path,
-                      "matching": matched // args.critic_updates, "critic": args.steps - critic_from}
-            counts = {part: steps for part, steps in counts.items() if steps}
-            batch = (world, local_batch // micro_batch, micro_batch,
-                     -(-micro_batch // BOUNDARY_EVERY) if args.boundary_weight else 0,
-                     min(8, micro_batch) if args.sample_every else 0)
-            size = sum(value.nbytes for value in encoded.values()) if encoded else 0
-            print(report(student, critic if args.match else None, state, args, batch, counts, size,
-                         functools.partial(autocast, device, dtype)))
+            matched = (args.steps - match_from) // args.critic_updates
+            steps = {"text": 0 if encoded else args.steps, "BOOT": match_from + matched // PATH_EVERY,
+                     "matching": matched, "critic": args.steps - critic_from}
+            steps = {part: number for part, number in steps.items() if number}
+            split = world, local_batch // micro_batch, micro_batch
+            print(report(student, critic, args, split, boundary_samples(args, 0), steps, state, encoded or {}, mixed))
         check_space(args.out, saved, sum(p.nbytes for p in params))
     if args.dry_run:
         return
@@ -435,7 +444,7 @@ def train(args, rank, world, local_rank, executor):
         shown = teacher.encode([prompts[k * len(prompts) // 8] for k in range(8)])
         in_one_step = functools.partial(averaged, t=0, w=student.pick_guidance())
         in_fifty = functools.partial(teacher.solve, grid=schedule.grid(50), w=student.pick_guidance())
-        with autocast(device, dtype):
+        with mixed():
             teacher_row = paint(in_fifty, teacher, shown_eps, shown, micro_batch)
 
     # ---- Loop
@@ -471,11 +480,10 @@ def train(args, rank, world, local_rank, executor):
             last_part = samples.stop == (rank + 1) * local_batch            # of the step
             if on_path:
                 reduce_in_backward(student.network, last_part and not matches)
-                boundary = slice(-first % BOUNDARY_EVERY, None, BOUNDARY_EVERY) if args.boundary_weight else slice(0)
                 weight = (1 - contraction(t, s, schedule)).float() ** args.weight
-                with autocast(device, dtype):
-                    L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule, boundary, args.solver,
-                                             weight, **condition)
+                with mixed():
+                    L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule,
+                                             boundary_samples(args, first), args.solver, weight, **condition)
                 loss = L_BS.sum() / args.batch + args.boundary_weight / num_boundary * L_BC.sum()
                 scaler.scale(loss).backward()
                 log["boundary"] += L_BC.detach().sum() / num_boundary
@@ -486,18 +494,18 @@ def train(args, rank, world, local_rank, executor):
             # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x (its second pass at
             # x_tau: the first one's graph, and the student's, are gone)
             if critic_learns:
-                with autocast(device, dtype), torch.set_grad_enabled(matches):
+                with mixed(), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
             if matches:
                 reduce_in_backward(student.network, last_part)
                 reduce_in_backward(critic.network, False)
-                with autocast(device, dtype):
+                with mixed():
                     L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
                 scaler.scale(args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
                 reduce_in_backward(critic.network, last_part)
-                with autocast(device, dtype):
+                with mixed():
                     L_C = critic_loss(x.detach(), critic.again, n, tau, schedule, **condition)
                 scaler.scale(L_C.sum() / args.batch).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
@@ -573,7 +581,7 @@ def train(args, rank, world, local_rank, executor):
 
         # paint
         if painting:
-            with autocast(device, dtype):
+            with mixed():
                 student_row = paint(in_one_step, teacher, shown_eps, shown, micro_batch)
             if rank == 0 and teacher_row and student_row:
                 grid = image_grid([teacher_row, student_row], 96)

@@ -32,7 +32,7 @@ import train
 from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
 from plan import step_costs
-from run import peak_memory
+from run import Saver, peak_memory
 from student import new_critic, new_student
 from teacher import PRECISION, load_teacher, pick_device, training_prompts
 from tools.kill import read_state
@@ -254,25 +254,27 @@ def step_options(args, out):
 def measure_steps(args):
     """In a process of its own: {kind: {seconds, share outside the networks, FLOPs}} of train.py's steps, and memory."""
     device, rows = pick_device(args.device), {}
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, mock.patch.object(Saver, "save"):            # which would take longest
         steps = Steps(device)
         steps.train(step_options(args, Path(out) / "timed"))
         peak, clock = peak_memory(device), Clock(device)
         with clock.on():
             taken_apart = Steps(device, clock)
             taken_apart.train(step_options(args, Path(out) / "taken apart"))
-    flops = count_flops(train.parse_args(step_options(args, "unused")), device)
+    flops, passes = count_flops(train.parse_args(step_options(args, "unused")), device)
     for name, parts in KINDS.items():
         chosen = [step for step in steps.seconds if kind(step, args.steps) == name]
+        if not chosen:
+            continue
         rows[name] = {
             "seconds": statistics.median(steps.seconds[step] for step in chosen),
             "outside": statistics.median(1 - taken_apart.inside[k] / taken_apart.seconds[k] for k in chosen),
             "flops": sum(flops[part] for part in parts)}
-    return {"rows": rows, "flops": flops, "peak": peak}
+    return {"rows": rows, "flops": flops, "peak": peak, "passes": passes}
 
 
 def count_flops(args, device):
-    """{part: FLOPs of a step} of train.py with these options."""
+    """({part: FLOPs of a step}, bytes of gradients and activations) of train.py with these options."""
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
@@ -280,9 +282,9 @@ def count_flops(args, device):
     student.network.requires_grad_(True)
     critic.network.requires_grad_(True)
     _, samples = train.split_batch(args, 1)
-    flops, _ = step_costs(student, critic, args, samples, -(-samples // train.BOUNDARY_EVERY), 0,
-                          functools.partial(train.autocast, device, teacher.dtype))
-    return {part: count / samples * args.batch for part, count in flops.items()}
+    flops, passes = step_costs(student, critic, args, samples, train.boundary_samples(args, 0),
+                               functools.partial(train.autocast, device, teacher.dtype))
+    return {part: count / samples * args.batch for part, count in flops.items()}, passes
 
 
 def matmul_rate(device, dtype, repeat=10):
@@ -307,8 +309,7 @@ def bench_steps(args):
             steps = Steps(device, other=reference_loop)
             steps.train(step_options(args, Path(out) / "run"))
             state = read_state(Path(out) / "run")
-        theirs = {"network": steps.loop.network, "critic_network": steps.loop.critic_network}
-        found["difference"] = max(differ(state, name, network) for name, network in theirs.items())
+        found["difference"] = max(differ(state, name, network) for name, network in steps.loop.networks.items())
     found |= again(args, "steps")
     limit = matmul_rate(device, PRECISION[args.precision])
     batch = train.parse_args(step_options(args, "unused")).batch

@@ -36,8 +36,7 @@ class Loop:
         target.load_state_dict(times.state_dict())
         for p in target.linear_2.parameters():
             torch.nn.init.zeros_(p)
-        self.network.to(device).train()
-        self.critic_network.to(device).train()
+        self.networks = {"network": self.network.to(device).train(), "critic_network": self.critic_network.to(device).train()}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
         self.optimizer = adam(self.network.parameters(), args.lr)
         self.critic_optimizer = adam(self.critic_network.parameters(), args.critic_lr)
