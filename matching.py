@@ -29,7 +29,7 @@ from signal_ode import like, noisy
 def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
     """L_M of each sample, (B,). Its gradient is that of (f - h) . (h - x), also through f and h, in units of the
     teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is || f - h ||^2 in those units.
-    teacher, critic: callables (x_t, t, **condition)."""
+    teacher, critic: callables (x_t, t, **condition); the critic's graph is kept, for critic_loss."""
     leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
     x_tau = noisy(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)

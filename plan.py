@@ -61,11 +61,12 @@ def storages(tree):
 
 def fake(network):
     """A network like this one, of fake tensors."""
-    twin = UNet(network.config)
+    twin = type(network)(network.config)
     for p, real in zip(twin.parameters(), network.parameters()):
         p.data = p.data.to(real.dtype)
         p.requires_grad_(real.requires_grad)
-    twin.checkpointing = network.checkpointing
+    if isinstance(network, UNet):
+        twin.checkpointing = network.checkpointing
     return twin
 
 @contextlib.contextmanager
@@ -79,41 +80,49 @@ def step_costs(student, critic, args, samples, boundary, autocast):
     """({part: FLOPs}, bytes of gradients and of what the passes make, at most) of a micro-batch that has all of
     train.py's losses, and of decoding pictures. critic: or None. boundary: the slice of the samples that have such a
     loss. autocast: makes a context."""
-    teacher, flops, ledger = copy.copy(student.teacher), {}, Ledger()
-    schedule = teacher.schedule = copy.deepcopy(teacher.schedule)           # whose tables are to stay real ones
-    limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance, until=schedule.T)
+    teacher, flops = copy.copy(student.teacher), {}
+    teacher.schedule = copy.deepcopy(teacher.schedule)                      # its tables are to stay real ones
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(teacher.device):
-        teacher.unet = fake(teacher.unet)
+        teacher.unet, teacher.vae, teacher.text_encoder = (
+            network and fake(network) for network in (teacher.unet, teacher.vae, teacher.text_encoder))
         student = Student(fake(student.network), teacher, student.input_time, student.guidance)
         critic = critic and Critic(fake(critic.network), student)
-        with ledger:
-            with counted(flops, "text"):
-                condition = teacher.encode([*teacher.labels, ""][:1] * samples)
-            eps, n = torch.randn(2, samples, *teacher.shape)
-            t = torch.full((samples,), schedule.T)
-            if args.guidance != 1:
-                condition["w"] = torch.ones(samples)
-            with counted(flops, "BOOT"):
-                with autocast():
-                    losses = boot_losses(student, teacher.denoise, eps, t, t - 1, schedule, boundary, args.solver,
-                                         **condition)
-                torch.cat(losses).sum().backward()
-            del losses
-            if critic:
-                with counted(flops, "matching"):
-                    with autocast():
-                        x = student(eps, 0, **condition)
-                        L_M = matching_loss(x, limited, critic.denoise, n, t, schedule, **condition)
-                    L_M.sum().backward()
-                with counted(flops, "critic"):
-                    with autocast():
-                        L_C = critic_loss(x.detach(), critic.again, n, t, schedule, **condition)
-                    L_C.sum().backward()
-                del x, L_M, L_C
-            if args.sample_every and teacher.vae:
-                with torch.no_grad():
-                    teacher.vae.decode(eps[:teacher.decoded_at_once])
+        take_step(student, critic, args, samples, boundary, autocast, functools.partial(counted, flops))
+        for p in (*student.network.parameters(), *(critic.network.parameters() if critic else ())):
+            p.grad = None
+        with Ledger() as ledger:                            # alone: the counter keeps more alive than training does
+            take_step(student, critic, args, samples, boundary, autocast, contextlib.nullcontext)
     return flops, ledger.peak
+
+def take_step(student, critic, args, samples, boundary, autocast, part):
+    """All passes of a micro-batch, forward and backward. part: a context made of a part's name."""
+    teacher, schedule = student.teacher, student.teacher.schedule
+    limited = functools.partial(limited_guidance, teacher.denoise, share=args.match_guidance, until=schedule.T)
+    with part("text"):
+        condition = teacher.encode([*teacher.labels, ""][:1] * samples)
+    eps, n = torch.randn(2, samples, *teacher.shape)
+    t = torch.full((samples,), schedule.T)
+    if args.guidance != 1:
+        condition["w"] = torch.ones(samples)
+    with part("BOOT"):
+        with autocast():
+            losses = boot_losses(student, teacher.denoise, eps, t, t // 2, schedule, boundary, args.solver, **condition)
+        torch.cat(losses).sum().backward()
+    del losses
+    if critic:
+        with part("matching"):
+            with autocast():
+                x = student(eps, 0, **condition)
+                L_M = matching_loss(x, limited, critic.denoise, n, t, schedule, **condition)
+            L_M.sum().backward()
+        with part("critic"):
+            with autocast():
+                L_C = critic_loss(x.detach(), critic.again, n, t, schedule, **condition)
+            L_C.sum().backward()
+        del x, L_M, L_C
+    if args.sample_every and teacher.vae:
+        with torch.no_grad():
+            teacher.vae.decode(eps[:teacher.decoded_at_once])
 
 def most_at_once(spare, choices, student, critic, args, boundary, autocast):
     """The first of the choices, numbers of samples that grow less, whose passes take no more bytes than are spare; or

@@ -338,18 +338,16 @@ def whole_tensors(student, rank, copy):
 
 def peak_memory(device):
     """Bytes that this process has held at most: of the GPU's memory, or of the machine's; 0 where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):                  # Windows has no such module
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 0
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmHWM")
 
 def spare_memory():
     """Bytes of the machine's memory that nobody uses; 0 where the system doesn't say."""
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return system_memory("meminfo", "MemAvailable")
+
+def system_memory(name, field):
+    """Bytes that Linux says of a field of /proc/NAME; 0 elsewhere."""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open(f"/proc/{name}") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
     return 0
 
 def saved_step(path):

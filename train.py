@@ -475,8 +475,8 @@ def train(args, rank, world, local_rank, executor):
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
-            # losses: L = beta * L_BC + L_BS + match * L_M, each backward on its own: one loss's graphs are in memory at
-            # a time, of L_M those of student, teacher and critic
+            # losses: L = L_BS + beta * L_BC + match * L_M, BOOT's backward before L_M is made: the graph of one pass of
+            # the student is in memory at a time, for L_M with those of teacher and critic
             last_part = samples.stop == (rank + 1) * local_batch            # of the step
             if on_path:
                 reduce_in_backward(student.network, last_part and not matches)
@@ -491,8 +491,8 @@ def train(args, rank, world, local_rank, executor):
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
 
-            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x (its second pass at
-            # x_tau: the first one's graph, and the student's, are gone)
+            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x, and has already seen
+            # it at x_tau
             if critic_learns:
                 with mixed(), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)

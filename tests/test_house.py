@@ -10,7 +10,8 @@ from conftest import ROOT
 BASE = {"signal_ode", "model", "tokenizer", "checkpoint"}
 MAY_IMPORT = {**{name: set() for name in sorted(BASE)}, "matching": {"signal_ode"}, "teacher": BASE,
               "student": BASE | {"teacher"}, "run": BASE | {"teacher", "student"},
-              "train": BASE | {"matching", "teacher", "student", "run"},
+              "plan": BASE | {"matching", "teacher", "student", "run"},
+              "train": BASE | {"matching", "teacher", "student", "run", "plan"},
               "sample": BASE | {"teacher", "student"}}
 
 

@@ -5,6 +5,7 @@ import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
 from signal_ode import Schedule, clean_prediction, like, noisy
+from student import new_critic, new_student
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 MU, S = 0.7, 0.4                                            # the teacher's pictures: N(MU, S**2), every element
@@ -123,3 +124,25 @@ def test_guidance_is_limited_to_the_less_noisy_times():
     assert guided.tolist() == [2.5, 1.0, 5.5, 1.0, 1.0] and label == 2
     assert limited_guidance(told, None, tau, 0.75, 700, label=2) == (1.0, 2)    # spares the unconditional pass
     assert limited_guidance(told, None, tau, 0.75, 700, w=3.0, label=2)[0].tolist() == [2.5, 1.0, 2.5, 1.0, 2.5]
+
+
+def test_the_critic_is_asked_once_for_both_losses(tiny):
+    """The second one, and its gradients, are as if it were asked again; and without gradients it is."""
+    critic = new_critic(new_student(tiny, 600, 3.0))
+    network, calls, found = critic.network.requires_grad_(True), [], []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    x, n, tau = draw(2)
+    x, n = x.float().requires_grad_(), n.float()
+    condition = {**tiny.encode(["a red bag on a blue background"] * 2), "w": torch.full((2,), 3.0)}
+    for second in (critic, critic.again):
+        matching_loss(x, tiny.denoise, critic.denoise, n, tau, tiny.schedule, **condition).sum().backward()
+        loss = critic_loss(x.detach(), second, n, tau, tiny.schedule, **condition)
+        loss.sum().backward()
+        found.append((loss.detach(), *(p.grad for p in network.parameters())))
+        network.zero_grad()
+    assert len(calls) == 3
+    for asked_again, remembered in zip(*found):
+        assert torch.allclose(asked_again, remembered, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        critic.denoise(x, tau, **condition)
+    assert critic.again(x, tau, **condition).requires_grad and len(calls) == 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import TINY
+from checkpoint import TINY, read_json
 from conftest import CHECKPOINTS
 from model import VAE, TextEncoder, UNet
 from teacher import load_teacher, noise
@@ -107,6 +107,19 @@ def test_bench_compares_the_two(call):
     code, out, error = call("tools.bench", "--repeat", 1)
     assert code == 0 and out.count("ours    load") == out.count("theirs  load") == 3, error
     assert all(float(part.split()[0]) < 1e-5 for part in out.split("difference ")[1:])
+
+
+def test_a_loop_on_the_reference_libraries_trains_the_same_student(run, tmp_path):
+    """tools.bench --step: steps of BOOT, matched ones, and one of both."""
+    done = run("-m", "tools.bench", "--step", "--batch", 8, "--micro-batch", 4, "--steps", 6, "--json",
+               tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "step.json")
+    assert found["difference"] < 1e-5 and set(found["rows"]) == {"BOOT", "matched", "both"}
+    for row in found["rows"].values():
+        assert 0 < row["outside"] < 0.5 and row["ratio"] > 0.8 and row["flops"] > 1e9
+    done = run("-m", "tools.bench", "--sampling", "--repeat", 1, "--json", tmp_path / "sampling.json")
+    assert done.returncode == 0 and read_json(tmp_path / "sampling.json")["ratio"] > 10, done.stderr
 
 
 def test_text_unet_with_scale_shift_equals_diffusers():

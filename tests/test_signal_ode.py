@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from signal_ode import (Schedule, boundary_loss, bootstrap_loss, clean_prediction, contraction, ddim_step,
+from signal_ode import (Schedule, boot_losses, boundary_loss, bootstrap_loss, clean_prediction, contraction, ddim_step,
                         guide, like, noisy, signal, signal_step, solve, student_signal)
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -206,6 +206,25 @@ def test_conditions_reach_student_and_teacher_untouched(schedule, eps):
     solve(record, eps, schedule.grid(3), schedule, "heun", size=size, w=2.0)
     student_signal(lambda x, i, t, **condition: record(x, t, **condition), eps, t, 400, schedule, size=size, w=2.0)
     assert len(seen) > 12 and all(condition == {"size": size, "w": 2.0} for condition in seen)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("boundary", [slice(0), slice(1, None, 4), slice(None)])
+def test_both_losses_at_once_are_the_two(solver, boundary, schedule, eps):
+    """Values, and gradients to a weight; each sample with its own condition."""
+    weight, size = torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=True), torch.arange(16.0)
+    f = gaussian_teacher(schedule)
+    teacher = lambda x_t, t, size: f(x_t, t) * like(1 + size / 16, x_t)
+    student = lambda eps, t, size: weight[0] * eps * like(t / 1000 + size, eps) + weight[1]
+    t = torch.arange(250, 1001, 50)
+    s = t - 250                                             # the first is the clean end
+    L_BS, L_BC = boot_losses(student, teacher, eps, t, s, schedule, boundary, solver, weight=2.0, size=size)
+    each = (bootstrap_loss(student, teacher, eps, t, s, schedule, solver, weight=2.0, size=size),
+            boundary_loss(student, teacher, eps[boundary], schedule, size=size[boundary]))
+    for ours, theirs in zip((L_BS, L_BC), each):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+    gradients = [torch.autograd.grad(sum(loss.sum() for loss in pair), weight)[0] for pair in ((L_BS, L_BC), each)]
+    assert torch.allclose(*gradients, rtol=1e-12)
 
 
 def test_minimising_both_losses_finds_the_solution(schedule):

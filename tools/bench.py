@@ -3,7 +3,7 @@
     python -m tools.bench                                   the embedded teacher: U-Net, VAE, text encoder
     python -m tools.bench --teacher FOLDER --repeat 3       any teacher's folder
     python -m tools.bench --teacher FOLDER --parts vae      some of its networks
-    python -m tools.bench --step                            train.py's steps beside a loop on diffusers (tools/reference)
+    python -m tools.bench --step                            train.py's steps beside those of tools/reference.py
     python -m tools.bench --step --alone --teacher FOLDER   without that, for which memory may be short
     python -m tools.bench --sampling                        one step beside the pipeline's guided fifty
 
@@ -16,7 +16,6 @@ import functools
 import importlib
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -32,9 +31,9 @@ import train
 from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
 from plan import step_costs
-from run import Saver, peak_memory
-from student import new_critic, new_student
-from teacher import PRECISION, load_teacher, pick_device, training_prompts
+from run import Saver, peak_memory, system_memory
+from student import load_student, new_critic, new_student
+from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
 from tools.kill import read_state
 
 # part -> our class, the stem of its weights' file, the library that has the reference
@@ -47,13 +46,18 @@ def ours(part, folder, device, dtype):
     return load_module(network, folder, device, dtype, stem)
 
 
+def need(library):
+    """A reference library. Raises BadInput."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise BadInput(f"the reference library is not installed: pip install {library}") from None
+
+
 def reference(part, folder):
     """The reference library's class for a folder."""
     config, library = read_json(folder / "config.json"), PARTS[part][2]
-    try:
-        return getattr(importlib.import_module(library), config.get("_class_name") or config["architectures"][0])
-    except ImportError:
-        raise BadInput(f"the reference library is not installed: pip install {library}") from None
+    return getattr(need(library), config.get("_class_name") or config["architectures"][0])
 
 
 def theirs(part, folder, device, dtype):
@@ -63,24 +67,17 @@ def theirs(part, folder, device, dtype):
 LOADERS = {"ours": ours, "theirs": theirs}
 
 
-def memory(field, device):
-    """Bytes of this process: VmRSS now, VmHWM at its highest (getrusage's is the parent's too); or of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) if field == "VmRSS" else torch.cuda.max_memory_allocated(device)
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def measure_loading(which, part, folder, device, dtype):
     """In a process of its own: seconds to load, and until every weight was read; peak memory over the start."""
     if which == "theirs":
         reference(part, folder)                             # its imports are not counted
-    before = memory("VmRSS", device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmRSS")
     began = time.perf_counter()
     network = LOADERS[which](part, folder, device, dtype)
     loaded = time.perf_counter()
     sum(p.sum().item() for p in network.parameters())
     read = time.perf_counter()
-    peak = memory("VmHWM", device) - before
+    peak = peak_memory(device) - before
     size = sum(p.nbytes for p in network.parameters())
     return {"load": loaded - began, "read": read - began, "peak": peak / size, "size": size}
 
@@ -202,12 +199,13 @@ def wait(device):
 
 
 class Steps:
-    """Takes train.py's own loop apart at the beginning of its steps, where it asks for the learning rate: .seconds of
-    each, {step: s}. other: a function of train.py's arguments that makes a loop to go in turn with it, .others."""
+    """Seconds of train.py's steps by number, .seconds, taken where its loop asks for a learning rate: at the beginning.
+    clock: then .inside has the seconds in the networks. other: (train.py's arguments, its first matched step) -> a loop
+    like tools/reference.py's, .loop, whose steps go in turn with train.py's, and take .others."""
 
     def __init__(self, device, clock=None, other=None):
         self.device, self.clock, self.other, self.loop = device, clock, other, None
-        self.seconds, self.others, self.inside, self.began = {}, {}, {}, None
+        self.seconds, self.inside, self.others, self.began = {}, {}, {}, None
         self.learning_rate = train.learning_rate
 
     def __call__(self, step, args, match_from):
@@ -227,8 +225,10 @@ class Steps:
         return lr
 
     def train(self, options):
+        """Run train.py with these options. Its last step is not measured."""
         with mock.patch.object(train, "learning_rate", self), mock.patch.object(sys, "argv", ["train.py", *options]):
             train.main()
+        return self
 
 
 # what a step of train.py does -> the parts of it
@@ -252,24 +252,21 @@ def step_options(args, out):
 
 
 def measure_steps(args):
-    """In a process of its own: {kind: {seconds, share outside the networks, FLOPs}} of train.py's steps, and memory."""
+    """In a process of its own, of train.py's steps: {kind: {seconds, share outside the networks, FLOPs}}, {part: FLOPs}
+    and peak memory."""
     device, rows = pick_device(args.device), {}
+    clock = Clock(device)
     with tempfile.TemporaryDirectory() as out, mock.patch.object(Saver, "save"):            # which would take longest
-        steps = Steps(device)
-        steps.train(step_options(args, Path(out) / "timed"))
-        peak, clock = peak_memory(device), Clock(device)
+        steps = Steps(device).train(step_options(args, Path(out) / "timed"))
+        peak = peak_memory(device)
         with clock.on():
-            taken_apart = Steps(device, clock)
-            taken_apart.train(step_options(args, Path(out) / "taken apart"))
+            parts = Steps(device, clock).train(step_options(args, Path(out) / "in parts"))
     flops, passes = count_flops(train.parse_args(step_options(args, "unused")), device)
-    for name, parts in KINDS.items():
-        chosen = [step for step in steps.seconds if kind(step, args.steps) == name]
-        if not chosen:
-            continue
-        rows[name] = {
-            "seconds": statistics.median(steps.seconds[step] for step in chosen),
-            "outside": statistics.median(1 - taken_apart.inside[k] / taken_apart.seconds[k] for k in chosen),
-            "flops": sum(flops[part] for part in parts)}
+    for name in KINDS:
+        if chosen := [step for step in steps.seconds if kind(step, args.steps) == name]:
+            rows[name] = {"seconds": statistics.median(steps.seconds[step] for step in chosen),
+                          "outside": statistics.median(1 - parts.inside[k] / parts.seconds[k] for k in chosen),
+                          "flops": sum(flops[part] for part in KINDS[name])}
     return {"rows": rows, "flops": flops, "peak": peak, "passes": passes}
 
 
@@ -303,13 +300,13 @@ def matmul_rate(device, dtype, repeat=10):
 
 def bench_steps(args):
     """Print what is measured of train.py's steps, beside the reference loop unless alone. Returns it."""
-    device, found = pick_device(args.device), {}
+    device, together, found = pick_device(args.device), None, {}
     if not args.alone:
         with tempfile.TemporaryDirectory() as out:
-            steps = Steps(device, other=reference_loop)
-            steps.train(step_options(args, Path(out) / "run"))
+            together = Steps(device, other=reference_loop).train(step_options(args, Path(out) / "run"))
             state = read_state(Path(out) / "run")
-        found["difference"] = max(differ(state, name, network) for name, network in steps.loop.networks.items())
+        found["difference"] = max(differ(state, name, network) for name, network in together.loop.networks.items())
+        together.loop = None                                # its memory is needed
     found |= again(args, "steps")
     limit = matmul_rate(device, PRECISION[args.precision])
     batch = train.parse_args(step_options(args, "unused")).batch
@@ -319,28 +316,56 @@ def bench_steps(args):
         row |= {"samples/s": batch / row["seconds"], "share": row["flops"] / row["seconds"] / limit}
         print(f"  {name:8} {row['seconds']:.4f} s, {row['samples/s']:.1f} samples/s, {row['flops'] / 1e9:.1f} GFLOP, "
               f"{row['share']:.0%} of the product's rate, {row['outside']:.1%} outside the networks")
-        if not args.alone:
-            pairs = [(steps.seconds[k], steps.others[k], steps.others[k] / steps.seconds[k])
-                     for k in steps.seconds if kind(k, args.steps) == name]
+        if together:
+            pairs = [(together.seconds[k], together.others[k], together.others[k] / together.seconds[k])
+                     for k in together.seconds if kind(k, args.steps) == name]
             row["ours"], row["theirs"], row["ratio"] = map(statistics.median, zip(*pairs))
-            print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, ratio {row['ratio']:.3f}")
+            print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, ratio {row['ratio']:.2f}")
     print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in found["flops"].items()))
-    if not args.alone:
+    if together:
         print(f"  after all steps the two are {found['difference']:.1e} apart (||a - b|| / ||b|| of the weights)")
+    return found
+
+
+@torch.no_grad()
+def bench_sampling(args):
+    """Print seconds from prompts to pictures in memory: a student's one step, and the reference pipeline's guided fifty
+    of its teacher, in turn. Returns them."""
+    StableDiffusionPipeline = need("diffusers").StableDiffusionPipeline
+    device, dtype, batch = pick_device(args.device), PRECISION[args.precision], args.batch or 1
+    teacher = load_teacher(args.teacher, device, dtype)
+    w = train.default("guidance", args.teacher)
+    student = load_student(device=device, dtype=dtype) if args.teacher == "tiny" else new_student(teacher, 600, w)
+    student.network.to(dtype)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        teacher.folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = training_prompts(teacher, None)[:batch]
+    times = {"one step": [], "fifty": []}
+    for k in range(args.repeat + 1):
+        began = time.perf_counter()
+        eps = noise(range(k * batch, (k + 1) * batch), teacher.shape).to(device)
+        to_pil(teacher.decode(student(eps, 0, **teacher.encode(prompts))))
+        between = time.perf_counter()
+        pipeline(prompts, num_inference_steps=50, guidance_scale=w)
+        times["one step"].append(between - began)
+        times["fifty"].append(time.perf_counter() - between)
+    found = {name: statistics.median(values[1:]) for name, values in times.items()}
+    found["ratio"] = statistics.median(b / a for a, b in list(zip(*times.values()))[1:])
+    print(f"{args.teacher}, {batch} at once in {args.precision} on {device}, medians of {args.repeat}: one step "
+          f"{found['one step']:.4f} s, the pipeline's guided fifty {found['fifty']:.4f} s, ratio {found['ratio']:.1f}")
     return found
 
 
 def reference_loop(args, match_from):
     """tools/reference.py's, of a teacher of text in a folder."""
-    try:
-        from tools.reference import Loop
-    except ImportError as error:
-        raise BadInput(f"the reference library is not installed: {error}") from None
+    need("diffusers"), need("transformers")
+    from tools.reference import Loop                        # which imports them
     device = pick_device(args.device)
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
     train.settle(args, teacher)
     _, args.micro_batch = train.split_batch(args, 1)
-    return Loop(teacher.folder, args, teacher, training_prompts(teacher, None), match_from)
+    return Loop(teacher, args, training_prompts(teacher, None), match_from)
 
 
 def differ(state, name, network):
@@ -363,6 +388,7 @@ def main():
     option("--size", type=int, help="height and width of sample or latents (default: the config's)")
     option("--repeat", type=int, default=5)
     option("--compile", action="store_true", help="also time both under torch.compile")
+    p.add_argument("--sampling", action="store_true", help="time pictures")
     option = p.add_argument_group("training").add_argument
     option("--step", action="store_true", help="time whole steps")
     option("--alone", action="store_true", help="without the loop on diffusers")
@@ -384,10 +410,10 @@ def main():
     if args.inner:
         which, part = args.inner.split()
         return print(json.dumps(measure_loading(which, part, folders[part], device, dtype)))
-    if args.step:
-        found = bench_steps(args)
+    found = {}
+    if args.step or args.sampling:
+        found = bench_steps(args) if args.step else bench_sampling(args)
     else:
-        found = {}
         for part in args.parts or folders:
             if part not in folders:
                 raise BadInput(f"{args.teacher} has no {part}/")

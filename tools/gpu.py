@@ -26,16 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
 from checkpoint import BadInput, command, write_json
-from run import Saver, checkpoints
+from run import Saver, checkpoints, peak_memory
 from signal_ode import noisy
 from student import new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
+from tools.bench import Steps, matmul_rate, wait
 from tools.kill import differences
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(call, device, repeat):
@@ -59,13 +55,6 @@ def forget_peak(device):
 def peak(device):
     """GB that torch's allocator held at most since forget_peak; None of a CPU."""
     return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
-
-
-def matmul_rate(device, dtype, repeat=10):
-    """FLOP/s of a large product of random matrices: what this machine can do."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / seconds(lambda: a @ b, device, repeat)
 
 
 def inputs(teacher, batch):
@@ -123,23 +112,18 @@ def training_pass(student, x, t, condition, dtype):
 
 
 def inner(*args):
-    """One training in a process of its own; its last line is what was measured: seconds of steps and saving, memory."""
-    times, saving, rate, save = [], [], train.learning_rate, Saver.save
-
-    def learning_rate(*rest):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()                        # so that the step before has ended
-        times.append(time.perf_counter())
-        return rate(*rest)
+    """One training in a process of its own; its last line is what was measured: seconds of steps, of what saving takes
+    of them, and memory."""
+    device, saving, save = pick_device(train.parse_args(args).device), [], Saver.save
+    steps = Steps(device)
 
     def timed_save(*rest):
         began = time.perf_counter()
         save(*rest)
         saving.append(time.perf_counter() - began)
-    train.learning_rate, Saver.save, sys.argv = learning_rate, timed_save, ["train.py", *args]
-    train.main()
-    steps = [b - a for a, b in zip(times, times[1:])]
-    print(json.dumps({"steps": steps, "peak": peak(pick_device(train.parse_args(args).device)), "saving": saving}))
+    Saver.save = timed_save
+    steps.train(args)
+    print(json.dumps({"steps": list(steps.seconds.values()), "peak": peak_memory(device), "saving": saving}))
 
 
 def run(args, name, *options, kill_at=None):
