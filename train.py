@@ -77,7 +77,7 @@ def add_options(parser):
     option("--steps", type=int, help=either["steps"])
     option("--batch", type=int, help=f"total over all processes {either['batch']}")
     option("--micro-batch", type=int, help="what one device holds at once; halve it if you run out of memory "
-           "(default: its whole share for an embedded teacher; else up to 16 on a GPU with the memory, up to 4 on a CPU)")
+           "(default: its whole share for an embedded teacher; else up to 16 on a GPU with the memory, or up to 4)")
     option("--lr", type=float, help=f"peak {either['lr']}")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
@@ -491,8 +491,7 @@ def train(args, rank, world, local_rank, executor):
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
 
-            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x, and has already seen
-            # it at x_tau
+            # matching: L_M of the student's picture x, and L_C of the critic, which learns x, having seen it for L_M
             if critic_learns:
                 with mixed(), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)

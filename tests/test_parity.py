@@ -111,8 +111,8 @@ def test_bench_compares_the_two(call):
 
 def test_a_loop_on_the_reference_libraries_trains_the_same_student(run, tmp_path):
     """tools.bench --step: steps of BOOT, matched ones, and one of both."""
-    done = run("-m", "tools.bench", "--step", "--batch", 8, "--micro-batch", 4, "--steps", 6, "--json",
-               tmp_path / "step.json")
+    done = run("-m", "tools.bench", "--step", "--batch", 8, "--steps", 6, "--json",
+               tmp_path / "step.json", "--", "--micro-batch", 4)
     assert done.returncode == 0, done.stderr
     found = read_json(tmp_path / "step.json")
     assert found["difference"] < 1e-5 and set(found["rows"]) == {"BOOT", "matched", "both"}

@@ -4,7 +4,7 @@
     python -m tools.bench --teacher FOLDER --repeat 3       any teacher's folder
     python -m tools.bench --teacher FOLDER --parts vae      some of its networks
     python -m tools.bench --step                            train.py's steps beside those of tools/reference.py
-    python -m tools.bench --step --alone --teacher FOLDER   without that, for which memory may be short
+    python -m tools.bench --step --alone --teacher FOLDER -- --micro-batch 4    without those; options of train.py
     python -m tools.bench --sampling                        one step beside the pipeline's guided fifty
 
 Needs `pip install diffusers transformers`. Loading is timed in processes of its own.
@@ -124,7 +124,7 @@ def measure_forward(part, folder, device, dtype, size, batch, repeat, compiled):
 
 def again(args, inner):
     """What this command, started again in a process of its own, measures there."""
-    done = subprocess.run([sys.executable, "-m", "tools.bench", *sys.argv[1:], "--inner", inner], capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "tools.bench", "--inner", inner, *sys.argv[1:]], capture_output=True,
                           text=True)
     if done.returncode:
         raise BadInput(f"measuring {inner} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -200,7 +200,7 @@ def wait(device):
 
 class Steps:
     """Seconds of train.py's steps by number, .seconds, taken where its loop asks for a learning rate: at the beginning.
-    clock: then .inside has the seconds in the networks. other: (train.py's arguments, its first matched step) -> a loop
+    .match_from: its first matched step. clock: then .inside has the seconds in the networks. other: (train.py's arguments, .match_from) -> a loop
     like tools/reference.py's, .loop, whose steps go in turn with train.py's, and take .others."""
 
     def __init__(self, device, clock=None, other=None):
@@ -210,6 +210,7 @@ class Steps:
 
     def __call__(self, step, args, match_from):
         wait(self.device)
+        self.match_from = match_from
         now, lr = time.perf_counter(), self.learning_rate(step, args, match_from)
         if self.began is not None:
             self.seconds[step - 1] = now - self.began
@@ -246,9 +247,9 @@ def step_options(args, out):
     """train.py's, for so many steps of BOOT as matched ones."""
     options = {"teacher": args.teacher, "out": out, "steps": 2 * args.steps, "match-from": 0.5, "warmup": 1,
                "precision": args.precision, "save-every": 10**9, "sample-every": 0, "device": args.device,
-               "batch": args.batch, "micro-batch": args.micro_batch, "match": args.match}
-    options = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
-    return options + ["--grad-checkpointing"] * args.grad_checkpointing
+               "batch": args.batch}
+    return [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)
+            ] + args.options
 
 
 def measure_steps(args):
@@ -263,7 +264,7 @@ def measure_steps(args):
             parts = Steps(device, clock).train(step_options(args, Path(out) / "in parts"))
     flops, passes = count_flops(train.parse_args(step_options(args, "unused")), device)
     for name in KINDS:
-        if chosen := [step for step in steps.seconds if kind(step, args.steps) == name]:
+        if chosen := [step for step in steps.seconds if kind(step, steps.match_from) == name]:
             rows[name] = {"seconds": statistics.median(steps.seconds[step] for step in chosen),
                           "outside": statistics.median(1 - parts.inside[k] / parts.seconds[k] for k in chosen),
                           "flops": sum(flops[part] for part in KINDS[name])}
@@ -318,9 +319,10 @@ def bench_steps(args):
               f"{row['share']:.0%} of the product's rate, {row['outside']:.1%} outside the networks")
         if together:
             pairs = [(together.seconds[k], together.others[k], together.others[k] / together.seconds[k])
-                     for k in together.seconds if kind(k, args.steps) == name]
+                     for k in together.seconds if kind(k, together.match_from) == name]
             row["ours"], row["theirs"], row["ratio"] = map(statistics.median, zip(*pairs))
-            print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, ratio {row['ratio']:.2f}")
+            print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, "
+                  f"ratio {row['ratio']:.3f}")
     print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in found["flops"].items()))
     if together:
         print(f"  after all steps the two are {found['difference']:.1e} apart (||a - b|| / ||b|| of the weights)")
@@ -393,14 +395,12 @@ def main():
     option("--step", action="store_true", help="time whole steps")
     option("--alone", action="store_true", help="without the loop on diffusers")
     option("--steps", type=int, default=22, help="so many of BOOT, and as many matched ones (default: %(default)s)")
-    option("--micro-batch", type=int, help="train.py's")
-    option("--match", type=float, help="train.py's")
-    option("--grad-checkpointing", action="store_true", help="train.py's")
+    option("options", nargs="*", help="after --, train.py's, such as -- --micro-batch 4")
     args = p.parse_args()
     if min(args.repeat, args.batch or 1, args.size or 1) < 1:
         p.error("--repeat, --batch and --size are 1 or more")
-    if args.steps < 6:
-        p.error("--steps is 6 or more")
+    if args.steps < 2:
+        p.error("--steps is 2 or more")
     device, dtype = pick_device(args.device), PRECISION[args.precision]
     if args.inner == "steps":
         return print(json.dumps(measure_steps(args)))

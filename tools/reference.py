@@ -1,4 +1,4 @@
-"""The loop that one would write on diffusers and transformers to train the same student: what train.py is timed against.
+"""The loop that one would write on diffusers and transformers to train the same: what train.py is timed against.
 
     loop = Loop(teacher, args, prompts, match_from)         # args: train.py's, settled
     loop.step(k, lr)
