@@ -77,9 +77,9 @@ def counted(flops, name):
     flops[name] = counter.get_total_flops()
 
 def step_costs(student, critic, args, samples, boundary, autocast):
-    """({part: FLOPs}, bytes of gradients and of what the passes make, at most) of a micro-batch that has all of
-    train.py's losses, and of decoding pictures. critic: or None. boundary: the slice of the samples that have such a
-    loss. autocast: makes a context."""
+    """({part: FLOPs of a sample}, bytes of gradients and of what the passes make, at most) of a micro-batch that has all
+    of train.py's losses, and of decoding pictures. critic: or None. boundary: the slice of the samples that have such a
+    loss, every k-th or none. autocast: makes a context."""
     teacher, flops = copy.copy(student.teacher), {}
     teacher.schedule = copy.deepcopy(teacher.schedule)                      # its tables are to stay real ones
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(teacher.device):
@@ -87,12 +87,12 @@ def step_costs(student, critic, args, samples, boundary, autocast):
             network and fake(network) for network in (teacher.unet, teacher.vae, teacher.text_encoder))
         student = Student(fake(student.network), teacher, student.input_time, student.guidance)
         critic = critic and Critic(fake(critic.network), student)
-        take_step(student, critic, args, samples, boundary, autocast, functools.partial(counted, flops))
+        take_step(student, critic, args, boundary.step or 1, boundary, autocast, functools.partial(counted, flops))
         for p in (*student.network.parameters(), *(critic.network.parameters() if critic else ())):
             p.grad = None
         with Ledger() as ledger:                            # alone: the counter keeps more alive than training does
             take_step(student, critic, args, samples, boundary, autocast, contextlib.nullcontext)
-    return flops, ledger.peak
+    return {name: count / (boundary.step or 1) for name, count in flops.items()}, ledger.peak
 
 def take_step(student, critic, args, samples, boundary, autocast, part):
     """All passes of a micro-batch, forward and backward. part: a context made of a part's name."""
@@ -156,8 +156,8 @@ def report(student, critic, args, split, boundary, steps, state, prompts, autoca
     lines += [f"  {name:15} {sum(p.numel() for p in network.parameters()) / 1e6:10.1f}"
               for name, network in networks.items()]
     lines += ["GFLOP of a sample, and steps that have them"]
-    lines += [f"  {part:15} {flops[part] / samples / 1e9:10.2f} {number:10}" for part, number in steps.items()]
-    total = sum(flops[part] / samples * args.batch * number for part, number in steps.items())
+    lines += [f"  {part:15} {flops[part] / 1e9:10.2f} {number:10}" for part, number in steps.items()]
+    total = sum(flops[part] * args.batch * number for part, number in steps.items())
     lines += [f"  the whole run   {total / 1e9:10.3g}", f"memory of a process, GB of {device}"]
     lines += [f"  {name:15} {size / 1e9:10.3f}" for name, size in memory.items() if size]
     lines += [f"  at most         {sum(memory.values()) / 1e9:10.3f}"]

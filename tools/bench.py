@@ -200,8 +200,8 @@ def wait(device):
 
 class Steps:
     """Seconds of train.py's steps by number, .seconds, taken where its loop asks for a learning rate: at the beginning.
-    .match_from: its first matched step. clock: then .inside has the seconds in the networks. other: (train.py's arguments, .match_from) -> a loop
-    like tools/reference.py's, .loop, whose steps go in turn with train.py's, and take .others."""
+    .match_from: its first matched step. clock: then .inside has the seconds in the networks. other: makes a loop such as
+    tools/reference.py's of train.py's arguments and .match_from, .loop, whose steps go in turn, and take .others."""
 
     def __init__(self, device, clock=None, other=None):
         self.device, self.clock, self.other, self.loop = device, clock, other, None
@@ -276,13 +276,14 @@ def count_flops(args, device):
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
-    critic = new_critic(student)
-    student.network.requires_grad_(True)
-    critic.network.requires_grad_(True)
+    critic = new_critic(student) if args.match else None
+    for trained in filter(None, (student, critic)):
+        trained.network.requires_grad_(True)
+        trained.network.checkpointing = args.grad_checkpointing
     _, samples = train.split_batch(args, 1)
     flops, passes = step_costs(student, critic, args, samples, train.boundary_samples(args, 0),
                                functools.partial(train.autocast, device, teacher.dtype))
-    return {part: count / samples * args.batch for part, count in flops.items()}, passes
+    return {part: count * args.batch for part, count in flops.items()}, passes
 
 
 def matmul_rate(device, dtype, repeat=10):
