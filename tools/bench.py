@@ -122,7 +122,7 @@ def measure_forward(part, folder, device, dtype, size, batch, repeat, compiled):
     return {name: statistics.median(values[1:]) for name, values in times.items()}, error
 
 
-def again(args, inner):
+def again(inner):
     """What this command, started again in a process of its own, measures there."""
     done = subprocess.run([sys.executable, "-m", "tools.bench", "--inner", inner, *sys.argv[1:]], capture_output=True,
                           text=True)
@@ -138,7 +138,7 @@ def bench(part, folder, args):
     rows = {name: [] for name in LOADERS}
     for _ in range(args.repeat):
         for name in LOADERS:
-            rows[name].append(again(args, f"{name} {part}"))
+            rows[name].append(again(f"{name} {part}"))
     size = rows["ours"][0]["size"]
     found = {name: {key: statistics.median(row[key] for row in measured) for key in ("load", "read", "peak")}
              for name, measured in rows.items()}
@@ -252,27 +252,22 @@ def step_options(args, out):
             ] + args.options
 
 
-def measure_steps(args):
-    """In a process of its own, of train.py's steps: {kind: {seconds, share outside the networks, FLOPs}}, {part: FLOPs}
-    and peak memory."""
+def measure_steps(args, clock=None):
+    """In a process of its own: {kind: median seconds of train.py's steps} and peak memory; or, with a clock, {kind: share
+    outside the networks}."""
     device, rows = pick_device(args.device), {}
-    clock = Clock(device)
     with tempfile.TemporaryDirectory() as out, mock.patch.object(Saver, "save"):            # which would take longest
-        steps = Steps(device).train(step_options(args, Path(out) / "timed"))
-        peak = peak_memory(device)
-        with clock.on():
-            parts = Steps(device, clock).train(step_options(args, Path(out) / "in parts"))
-    flops, passes = count_flops(train.parse_args(step_options(args, "unused")), device)
-    for name in KINDS:
-        if chosen := [step for step in steps.seconds if kind(step, steps.match_from) == name]:
-            rows[name] = {"seconds": statistics.median(steps.seconds[step] for step in chosen),
-                          "outside": statistics.median(1 - parts.inside[k] / parts.seconds[k] for k in chosen),
-                          "flops": sum(flops[part] for part in KINDS[name])}
-    return {"rows": rows, "flops": flops, "peak": peak, "passes": passes}
+        with clock.on() if clock else contextlib.nullcontext():
+            steps = Steps(device, clock).train(step_options(args, Path(out) / "run"))
+    for step, seconds in steps.seconds.items():
+        if name := kind(step, steps.match_from):
+            rows.setdefault(name, []).append(1 - steps.inside[step] / seconds if clock else seconds)
+    return {"rows": {name: statistics.median(values) for name, values in rows.items()}, "peak": peak_memory(device)}
 
 
-def count_flops(args, device):
-    """({part: FLOPs of a step}, bytes of gradients and activations) of train.py with these options."""
+def count_flops(args):
+    """{part: FLOPs of a step}, and bytes of gradients and activations, of train.py with these options."""
+    device, args = pick_device(args.device), train.parse_args(step_options(args, "unused"))
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
@@ -283,7 +278,7 @@ def count_flops(args, device):
     _, samples = train.split_batch(args, 1)
     flops, passes = step_costs(student, critic, args, samples, train.boundary_samples(args, 0),
                                functools.partial(train.autocast, device, teacher.dtype))
-    return {part: count * args.batch for part, count in flops.items()}, passes
+    return {"flops": {part: count * args.batch for part, count in flops.items()}, "passes": passes}
 
 
 def matmul_rate(device, dtype, repeat=10):
@@ -309,13 +304,17 @@ def bench_steps(args):
             state = read_state(Path(out) / "run")
         found["difference"] = max(differ(state, name, network) for name, network in together.loop.networks.items())
         together.loop = None                                # its memory is needed
-    found |= again(args, "steps")
+    timed, outside, counted = (again(inner) for inner in ("steps", "outside", "flops"))
     limit = matmul_rate(device, PRECISION[args.precision])
     batch = train.parse_args(step_options(args, "unused")).batch
+    found |= {"peak": timed["peak"], "rows": {}, **counted}
     print(f"{args.teacher}, steps of {batch} in {args.precision} on {device}, medians; peak memory "
           f"{found['peak'] / 1e9:.2f} GB; a large matrix product has {limit / 1e12:.3g} TFLOP/s")
-    for name, row in found["rows"].items():
-        row |= {"samples/s": batch / row["seconds"], "share": row["flops"] / row["seconds"] / limit}
+    for name, seconds in timed["rows"].items():
+        flops = sum(counted["flops"][part] for part in KINDS[name])
+        row = {"seconds": seconds, "samples/s": batch / seconds, "flops": flops, "share": flops / seconds / limit,
+               "outside": outside["rows"][name]}
+        found["rows"][name] = row
         print(f"  {name:8} {row['seconds']:.4f} s, {row['samples/s']:.1f} samples/s, {row['flops'] / 1e9:.1f} GFLOP, "
               f"{row['share']:.0%} of the product's rate, {row['outside']:.1%} outside the networks")
         if together:
@@ -403,8 +402,10 @@ def main():
     if args.steps < 2:
         p.error("--steps is 2 or more")
     device, dtype = pick_device(args.device), PRECISION[args.precision]
-    if args.inner == "steps":
-        return print(json.dumps(measure_steps(args)))
+    inner = {"steps": measure_steps, "outside": functools.partial(measure_steps, clock=Clock(device)),
+             "flops": count_flops}
+    if args.inner in inner:
+        return print(json.dumps(inner[args.inner](args)))
     folder, _ = resolve(args.teacher)
     folders = {part: folder / part for part in PARTS if (folder / part).is_dir()}
     folders = {"unet": folder} | folders                    # the pixel models keep theirs at the root
