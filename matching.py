@@ -26,26 +26,29 @@ import torch
 
 from signal_ode import like, noisy
 
-def matching_loss(x, teacher, critic, n, tau, schedule, **condition):
-    """L_M of each sample, (B,). Its gradient is that of (f - h) . (h - x), also through f and h, in units of the
-    teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is || f - h ||^2 in those units.
-    teacher, critic: callables (x_t, t, **condition); the critic's graph is kept, for critic_loss."""
+def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
+    """L_M of each sample, (B,), and h with its graph, for critic_loss. L_M's gradient is that of (f - h) . (h - x),
+    also through f and h, in units of the teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is
+    || f - h ||^2 in those units.
+    teacher, critic: callables (x_t, t, **condition). clip: where the teacher's predictions are clipped, h is half as
+    far again, here: what the student paints beyond has to show, and not the network's error, an epsilon's times 100."""
     leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
     x_tau = noisy(leaf, n, tau, schedule)
-    f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
+    f, whole_h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
+    h = whole_h if clip is None else whole_h.clamp(-1.5 * clip, 1.5 * clip)
     unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
     product = ((f - h) * (h - leaf) / unit).sum()           # not the mean, whose gradient would underflow in fp16
     with torch.autocast(x.device.type, enabled=False):      # a backward pass has the types of its forward pass
         [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
     divergence = ((f - h).square() / unit).detach()
-    return (divergence + gradient * (x - x.detach())).flatten(1).mean(1)
+    return (divergence + gradient * (x - x.detach())).flatten(1).mean(1), whole_h
 
-def critic_loss(x, critic, n, tau, schedule, **condition):
+def critic_loss(x, h, tau, schedule):
     """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2 in units of the network's own output, epsilon, v or sample,
-    as the teacher was trained. x: the student's pictures, without gradient."""
+    as the teacher was trained. x: the student's pictures, without gradient; h: the critic's predictions."""
     alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
     unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
-    error = (critic(noisy(x, n, tau, schedule), tau, **condition) - x).square().flatten(1).mean(1)
+    error = (h - x).square().flatten(1).mean(1)
     return like(unit[schedule.prediction], error) * error
 
 def limited_guidance(denoise, x_t, t, share, until, w=1.0, **condition):

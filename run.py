@@ -338,7 +338,14 @@ def whole_tensors(student, rank, copy):
 
 def peak_memory(device):
     """Bytes that this process has held at most: of the GPU's memory, or of the machine's; 0 where nobody says."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":                             # whose getrusage says the parent's, if that was more
+        return system_memory("self/status", "VmHWM")
+    with contextlib.suppress(ImportError):                  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 def spare_memory():
     """Bytes of the machine's memory that nobody uses; 0 where the system doesn't say."""

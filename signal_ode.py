@@ -4,7 +4,8 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
 2306.05544, section 3. Pure functions of tensors: nothing here knows a network class, a command line or a process.
 
     ys = solve(denoise, eps, schedule.grid(50), schedule, **condition)          # the trajectory that a student learns
-    L_BS = bootstrap_loss(student, denoise, eps, t, s, schedule, **condition)   # and the loss by which it learns it
+    L_BS = bootstrap_loss(student, denoise, eps, t, s, schedule, **condition)   # and the loss by which it learns it;
+    L_BS, L_BC = boot_losses(student, denoise, eps, t, s, schedule, rows, **condition)      # with the boundary's
 
     eps               the initial Gaussian noise, fixed along one trajectory; the student's only image input
     t, s              times, whole numbers 0..T, s < t; t = 0 is the clean end, t = T the noise end
@@ -20,7 +21,7 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
 
 Times are int64 tensors (B,) or ints; samples are float32 or float64 tensors (B, ...); || . ||^2 is the mean over a
 sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ..., "w": ...} or
-{"label": ...}; the functions here pass it on unread.
+{"label": ...}; the functions here pass it on unread, but boot_losses, which picks rows of it.
 """
 
 import math
@@ -178,38 +179,48 @@ def student_signal(network, eps, t, i, schedule, **condition):
     x_i = like(schedule.sigma(i), eps) * eps
     return clean_prediction(network(x_i, i, t, **condition), x_i, i, schedule)
 
-def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler", weight=1.0, **condition):
-    """L_BS of each sample, (B,), and L_BC of those that the slice `boundary` picks, (B',): bootstrap_loss and
-    boundary_loss, with their samples in one batch. For picking, conditions have to be tensors (B, ...).
-
-    L_BS = || (g(eps, s) - target) / (1 - r) ||^2 is the student at s against one solver step of the Signal-ODE from the
-    student's own y_t = g(eps, t). The division puts the error in units of the clean prediction, and is the exact form
-    of the paper's 1 / (lam' delta)^2. L_BC = || g(eps, T) - f(eps, T) ||^2 is the noise end, where the ODE determines
-    nothing. No gradient goes through the targets.
-    student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t.
-    weight: float or (B,)."""
+def boot_targets(student, teacher, eps, t, s, schedule, boundary, solver="euler", **condition):
+    """What the losses lead to: of each sample y_s (B, ...), one solver step of the Signal-ODE from the student's own
+    y_t = g(eps, t) to s; and of those that the slice `boundary` picks f(eps, T), (B', ...). No gradient.
+    student: callable (eps, t, **condition) -> y_t; teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
     check_solver(solver)
-    few, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
-    both = {name: torch.cat([c, c[boundary]]) for name, c in condition.items()} if len(few) else condition
+    eps_T, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
-        f = teacher(torch.cat([noisy(y_t, eps, t, schedule), few]), torch.cat([t, T]), **both)
-        f, f_T = f[:len(eps)], f[len(eps):]
+        x_t = torch.cat([noisy(y_t, eps, t, schedule), eps_T])
+        f, f_T = teacher(x_t, torch.cat([t, T]), **repeat(condition, boundary)).split([len(t), len(T)])
         if solver == "heun":
             y_s = signal_step(y_t, f, t, s, schedule)
             f_s = teacher(noisy(y_s, eps, s, schedule), s.clamp(min=1), **condition)        # networks have no time 0
             f = torch.where(like(s, f) > 0, (f + f_s) / 2, f)                               # s = 0 keeps f: see solve
-        target = torch.cat([signal_step(y_t, f, t, s, schedule), f_T])
-    error = student(torch.cat([eps, few]), torch.cat([s, T]), **both) - target
-    L_BS = (error[:len(eps)] / like(1 - contraction(t, s, schedule), target)).square().flatten(1).mean(1)
-    return weight * L_BS, error[len(eps):].square().flatten(1).mean(1)
+        return signal_step(y_t, f, t, s, schedule), f_T
+
+def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler", weight=1.0, **condition):
+    """L_BS of each sample, (B,), and L_BC of those that the slice `boundary` picks, (B',); each network is asked about
+    both at once. Without such samples, conditions are passed on unread; else they are tensors (B, ...).
+
+    L_BS = || (g(eps, s) - y_s) / (1 - r) ||^2, times weight, float or (B,): the division puts the error in units of the
+    clean prediction, and is the exact form of the paper's 1 / (lam' delta)^2. L_BC = || g(eps, T) - f(eps, T) ||^2 is
+    the noise end, where the ODE determines nothing. The rest as in boot_targets."""
+    y_s, f_T = boot_targets(student, teacher, eps, t, s, schedule, boundary, solver, **condition)
+    T = torch.full_like(t[boundary], schedule.T)
+    g = student(torch.cat([eps, eps[boundary]]), torch.cat([s, T]), **repeat(condition, boundary))
+    g_s, g_T = g.split([len(t), len(T)])
+    L_BS = ((g_s - y_s) / like(1 - contraction(t, s, schedule), y_s)).square().flatten(1).mean(1)
+    return weight * L_BS, (g_T - f_T).square().flatten(1).mean(1)
+
+def repeat(condition, rows):
+    """The condition of all samples, and once more of some, if there are any."""
+    if rows == slice(0):
+        return condition
+    return {name: torch.cat([value, value[rows]]) for name, value in condition.items()}
 
 def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", weight=1.0, **condition):
-    """L_BS of each sample, (B,). Arguments as in boot_losses; conditions are passed on unread."""
+    """L_BS of each sample, (B,), alone. The rest as in boot_losses."""
     return boot_losses(student, teacher, eps, t, s, schedule, slice(0), solver, weight, **condition)[0]
 
 def boundary_loss(student, teacher, eps, schedule, **condition):
-    """L_BC of each sample, (B,): || g(eps, T) - f(eps, T) ||^2."""
+    """L_BC of each sample, (B,), alone: || g(eps, T) - f(eps, T) ||^2."""
     T = torch.full((len(eps),), schedule.T, device=eps.device)
     with torch.no_grad():
         target = teacher(eps, T, **condition)

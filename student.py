@@ -66,7 +66,6 @@ class Critic:
 
     def __init__(self, network, student):
         self.network, self.teacher, self.ranged = network, student.teacher, student.ranged
-        self.h = None                                       # what denoise has found last, with its graph
 
     def __call__(self, x_t, t, w=None, **condition):
         """The clean prediction (B, C, h, w) of x_t at times t (B,), 1..T. w: (B,), the scale of a ranged student."""
@@ -74,18 +73,6 @@ class Critic:
             condition["guidance"] = w
         schedule = self.teacher.schedule
         return clean_prediction(self.network(x_t, schedule.index(t), **condition), x_t, t, schedule)
-
-    def denoise(self, x_t, t, **condition):
-        """The same, to be compared with the teacher's clean prediction. Where that is clipped, this is too, but half as
-        far again: what the student paints beyond has to show, and not the network's error, an epsilon's times 100."""
-        self.h, clip = self(x_t, t, **condition), self.teacher.clip
-        return self.h if clip is None else self.h.clamp(-1.5 * clip, 1.5 * clip)
-
-    def again(self, x_t, t, **condition):
-        """The clean prediction as in a call; of the same x_t that denoise was asked for last, if it was with gradients,
-        and so its second loss needs no second pass."""
-        h, self.h = self.h, None
-        return h if h is not None and h.requires_grad else self(x_t, t, **condition)
 
 def teacher_weights(teacher, guidance):
     """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range

@@ -29,17 +29,17 @@ from tqdm import tqdm
 
 from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, last_name, write_file, write_json
 from matching import critic_loss, limited_guidance, matching_loss
-from plan import most_at_once, report
+from plan import PYTHON, Plan, report
 from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
-                 peak_memory, reduce_in_backward, rewind_log, saved_step, shard, together, torchrun, warn_once,
-                 whole_tensors)
-from signal_ode import boot_losses, contraction
+                 peak_memory, reduce_in_backward, rewind_log, saved_step, shard, spare_memory, together, torchrun,
+                 warn_once, whole_tensors)
+from signal_ode import boot_losses, contraction, noisy
 from student import Student, new_critic, new_student, save_student
 from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
-AT_ONCE = (16, 8, 4, 2, 1)  # samples on a GPU, where --micro-batch is not given: the first that its memory allows
+MICRO_BATCHES = (16, 8, 4, 2, 1)        # on a GPU, where --micro-batch is not given: the first that its memory allows
 FEW_PROMPTS = 2**11         # or fewer are encoded once
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss too: it is learned fast, and costs 5 passes
@@ -119,11 +119,11 @@ def add_options(parser):
            "fp16 or fp32 (default: bf16 on cuda, fp32 elsewhere)")
     option("--grad-checkpointing", action="store_true", help="memory for time: compute blocks twice, keep nothing")
     option("--shard", action="store_true", help="split networks and their state over the processes (FSDP), where one "
-           "device has no memory for all of them; --batch has to divide by 4 a process")
+           "device has no memory for all of them")
     option("--save-every", type=int, help=f"steps between checkpoints {either['save_every']}")
     option("--sample-every", type=int, help=f"steps between pictures {either['sample_every']}; 0 makes none, and "
            "spares the teacher's fifty steps for them")
-    option("--dry-run", action="store_true", help="load and check everything, print the plan, train nothing")
+    option("--dry-run", action="store_true", help="load and check everything, print what it takes, train nothing")
 
 def guidance_scale(text):
     """A number, or the list of two that LO:HI stands for."""
@@ -157,13 +157,10 @@ def parse_args(argv=None):
 
 def split_batch(args, world):
     """(local batch, micro batch): how many of a step's samples are one process's, and how many it holds at once."""
-    part, needs = world, ""
-    if args.shard:                                          # all processes have to make the same passes
-        part, needs = world * BOUNDARY_EVERY, f" by {BOUNDARY_EVERY}, as --shard needs"
-    if args.batch % part:
-        near = args.batch // part * part
-        fits = f"{near} or {near + part}" if near else part
-        raise BadInput(f"--batch {args.batch} does not divide over {world} processes{needs}: {fits} does")
+    if args.batch % world:
+        near = args.batch // world * world
+        fits = f"{near} or {near + world}" if near else world
+        raise BadInput(f"--batch {args.batch} does not divide over {world} processes: {fits} does")
     local_batch = args.batch // world
     micro_batch = args.micro_batch or math.gcd(local_batch, default("micro_batch", args.teacher) or local_batch)
     if local_batch % micro_batch:
@@ -393,34 +390,47 @@ def train(args, rank, world, local_rank, executor):
         if match_from >= args.steps and rank == 0:
             warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more "
                           "--steps, or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
-    frozen = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder) if part is not None]
-    held = sum(local(t).nbytes for t in (*state.values(), *(p for part in frozen for p in part.parameters())))
+
+    # ---- Plan
+    networks = {"student": student.network, "average": averaged.network if args.ema else None,
+                "critic": critic and critic.network, "teacher": teacher.unet, "VAE": teacher.vae,
+                "text encoder": teacher.text_encoder}
+    networks = {name: list(network.parameters()) for name, network in networks.items() if network is not None}
+    memory = {name: sum(local(p).nbytes for p in parameters) for name, parameters in networks.items()}
+    memory["Adam"] = sum(local(tensor).nbytes for name, tensor in state.items() if "exp_avg" in name)
+    memory["gradients"] = sum(p.nbytes for p in (*params, *critic_params))  # not sharded until the step's last pass
+    saved = sum(tensor.nbytes for tensor in state.values())
+    boundary = boundary_samples(args, 0)
     if args.micro_batch is None and not is_embedded(args.teacher) and device.type == "cuda":
-        spare = 0.9 * torch.cuda.get_device_properties(device).total_memory - held
-        micro_batch = most_at_once(spare, [m for m in AT_ONCE if local_batch % m == 0], student, critic, args,
-                                   boundary_samples(args, 0), mixed)
+        spare = 0.9 * torch.cuda.get_device_properties(device).total_memory - sum(memory.values())
+        fits = Plan(student, critic, args, mixed).most_at_once(
+            spare, [n for n in MICRO_BATCHES if local_batch % n == 0], boundary, True)
+        fits = torch.tensor(fits)
         if world > 1:
-            micro_batch = torch.tensor(micro_batch)
             with together(rank):
-                dist.all_reduce(micro_batch, dist.ReduceOp.MIN, control)    # GPUs may differ
-            micro_batch = micro_batch.item()
+                dist.all_reduce(fits, dist.ReduceOp.MIN, control)           # GPUs may differ
+        micro_batch = fits.item()
     if rank == 0:
-        saved = sum(tensor.nbytes for tensor in state.values())
-        held += sum(t.nbytes for t in (*params, *critic_params))            # gradients, which are whole on the way
         matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
               f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
-              f"once{matched}{resuming}; {held / 1e9:.2f} GB of memory in each process, and what a pass needs; "
-              f"a checkpoint takes {saved / 1e9:.2f} GB on disk, three of them while one is written", flush=True)
+              f"once{matched}{resuming}; {sum(memory.values()) / 1e9:.2f} GB of memory in each process, and what a "
+              f"pass needs; a checkpoint takes {saved / 1e9:.2f} GB on disk, three of them while one is written",
+              flush=True)
         if args.dry_run:
-            matched = (args.steps - match_from) // args.critic_updates
-            steps = {"text": 0 if encoded else args.steps, "BOOT": match_from + matched // PATH_EVERY,
-                     "matching": matched, "critic": args.steps - critic_from}
-            steps = {part: number for part, number in steps.items() if number}
-            split = world, local_batch // micro_batch, micro_batch
-            print(report(student, critic, args, split, boundary_samples(args, 0), steps, state, encoded or {}, mixed))
+            plan, ends = Plan(student, critic, args, mixed), min(match_from, args.steps)
+            matches = (args.steps - ends) // args.critic_updates
+            steps = {"text": args.steps if encoded is None else 0, "BOOT": ends + matches // PATH_EVERY,
+                     "matching": matches, "critic": matches,
+                     "critic alone": args.steps - min(critic_from, args.steps) - matches}
+            memory["prompts"] = sum(value.nbytes for value in (encoded or {}).values())
+            memory["activations"] = plan.activations(micro_batch, boundary, local_batch > micro_batch)
+            if device.type == "cpu":
+                memory |= {"saving": 2 * saved if spare_memory() > 2 * saved else 0, "Python": PYTHON}
+            print(f"a step: {world} processes x {local_batch // micro_batch} micro-batches x {micro_batch} samples")
+            print(report(plan.flops(boundary), steps, args.batch, networks, memory))
         check_space(args.out, saved, sum(p.nbytes for p in params))
     if args.dry_run:
         return
@@ -471,7 +481,7 @@ def train(args, rank, world, local_rank, executor):
             prompt, *drawn = draw(args.seed, step, samples, teacher.shape, schedule.T, len(prompts), args.guidance)
             eps, t, w, n, tau = (to_device(tensor, device) for tensor in drawn)
             s = (t - delta).clamp(min=0)
-            condition = select(encoded, prompt) if encoded else teacher.encode([prompts[k] for k in prompt])
+            condition = select(encoded, prompt) if encoded is not None else teacher.encode([prompts[k] for k in prompt])
             if args.guidance != 1:
                 condition["w"] = w                          # w = 1 needs no unconditional pass
 
@@ -491,7 +501,7 @@ def train(args, rank, world, local_rank, executor):
                 log["bootstrap"].index_add_(0, bins, L_BS.detach())
                 log["count"].index_add_(0, bins, torch.ones_like(w))
 
-            # matching: L_M of the student's picture x, and L_C of the critic, which learns x, having seen it for L_M
+            # matching: L_M of the student's picture x, and L_C of the critic, which has to learn x
             if critic_learns:
                 with mixed(), torch.set_grad_enabled(matches):
                     x = student(eps, 0, **condition)
@@ -499,13 +509,15 @@ def train(args, rank, world, local_rank, executor):
                 reduce_in_backward(student.network, last_part)
                 reduce_in_backward(critic.network, False)
                 with mixed():
-                    L_M = matching_loss(x, limited, critic.denoise, n, tau, schedule, **condition)
+                    L_M, h = matching_loss(x, limited, critic, n, tau, schedule, teacher.clip, **condition)
                 scaler.scale(args.match / args.batch * L_M.sum()).backward()
                 log["matching"] += L_M.detach().sum() / args.batch
             if critic_learns:
                 reduce_in_backward(critic.network, last_part)
                 with mixed():
-                    L_C = critic_loss(x.detach(), critic.again, n, tau, schedule, **condition)
+                    if not matches:                         # or else L_M has asked it already
+                        h = critic(noisy(x, n, tau, schedule), tau, **condition)
+                    L_C = critic_loss(x.detach(), h, tau, schedule)
                 scaler.scale(L_C.sum() / args.batch).backward()
                 log["critic"] += L_C.detach().sum() / args.batch
 

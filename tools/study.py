@@ -92,16 +92,17 @@ def times(power):
     return constant("match_time", lambda u, T: uniform(u**power, T))
 
 
-def difference_loss(x, teacher, critic, n, tau, schedule, unit_length=False, **condition):
+def difference_loss(x, teacher, critic, n, tau, schedule, clip=None, unit_length=False, **condition):
     """The loss of Diff-Instruct, SwiftBrush and DMD in place of SiD's: 1/2 || x - stopgrad[x - d] ||^2, whose gradient
-    is d = h - f, up to a factor that of KL(student || teacher); in units of |x - f|, or with d of length one."""
+    is d = h - f, up to a factor that of KL(student || teacher); in units of |x - f|, or with d of length one. And h."""
+    x_tau = noisy(x.detach(), n, tau, schedule)
+    whole_h = critic(x_tau, tau, **condition)
     with torch.no_grad():
-        x_tau = noisy(x, n, tau, schedule)
         f = teacher(x_tau, tau, **condition)
-        d = critic(x_tau, tau, **condition) - f
+        d = (whole_h if clip is None else whole_h.clamp(-1.5 * clip, 1.5 * clip)) - f
         unit = d.square().flatten(1).mean(1).sqrt() if unit_length else (x - f).abs().flatten(1).mean(1)
         target = x - d / like(unit, x)
-    return 0.5 * (x - target).square().flatten(1).mean(1)
+    return 0.5 * (x - target).square().flatten(1).mean(1), whole_h
 
 
 def hard_boundary():
@@ -135,10 +136,10 @@ def adaptive_weight():
         return L_BS, L_BC
 
     def matching_loss(*args, **condition):
-        loss = matching(*args, **condition)
+        loss, h = matching(*args, **condition)
         size = norm(loss)
         seen["match"] = 0.95 * seen.get("match", size) + 0.05 * size
-        return seen.get("path", size) / seen["match"] * loss
+        return seen.get("path", size) / seen["match"] * loss, h
     train.boot_losses, train.matching_loss = boot_losses, matching_loss
 
 
