@@ -163,7 +163,7 @@ def report(flops, steps, batch, networks, memory):
     lines += [f"  {name:15} {sum(p.numel() for p in parameters) / 1e6:10.1f}" for name, parameters in networks.items()]
     lines += ["GFLOP of a sample, and steps that have them"]
     lines += [f"  {part:15} {flops[part] / 1e9:10.2f} {number:10}" for part, number in steps.items()]
-    lines += [f"  the whole run   {total / 1e9:10.3g}", "memory of a process, GB"]
+    lines += [f"PFLOP of the run  {total / 1e15:10.3g}", "memory of a process, GB"]
     lines += [f"  {name:15} {size / 1e9:10.3f}" for name, size in memory.items() if size]
-    lines += [f"  at most         {sum(memory.values()) / 1e9:10.3f}"]
+    lines += [f"  together        {sum(memory.values()) / 1e9:10.3f}"]
     return "\n".join(lines)

@@ -426,10 +426,11 @@ def train(args, rank, world, local_rank, executor):
                      "matching": matches, "critic": matches,
                      "critic alone": args.steps - min(critic_from, args.steps) - matches}
             memory["prompts"] = sum(value.nbytes for value in (encoded or {}).values())
-            memory["activations"] = plan.activations(micro_batch, boundary, local_batch > micro_batch)
+            memory["passes"] = plan.activations(micro_batch, boundary, local_batch > micro_batch)
             if device.type == "cpu":
-                memory |= {"saving": 2 * saved if spare_memory() > 2 * saved else 0, "Python": PYTHON}
-            print(f"a step: {world} processes x {local_batch // micro_batch} micro-batches x {micro_batch} samples")
+                memory |= {"saving": 2 * saved / world if spare_memory() > 2 * saved else 0, "Python": PYTHON}
+            print(f"samples of a step: {world} (processes) x {local_batch // micro_batch} (micro-batches) x "
+                  f"{micro_batch}")
             print(report(plan.flops(boundary), steps, args.batch, networks, memory))
         check_space(args.out, saved, sum(p.nbytes for p in params))
     if args.dry_run:
@@ -573,7 +574,7 @@ def train(args, rank, world, local_rank, executor):
         # log
         if rank == 0 and logging:
             figures = {name: value.item() if value.isfinite() else None for name, value in (losses | norms).items()}
-            bar.set_postfix({name: f"{figures[name]:.4f}" for name in losses})
+            bar.set_postfix({name: f"{figures[name]:.4f}" for name in losses}, refresh=False)
             by_time = [total / n if n else None for total, n in zip(log["bootstrap"].tolist(), log["count"].tolist())]
             seconds = (time.time() - logged_at) / (done - logged_step)
             logged_step, logged_at = done, time.time()

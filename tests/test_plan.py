@@ -73,6 +73,6 @@ def test_memory_is_as_promised(run, tmp_path, options):
     options = ["--steps", 12, "--match-from", 0.5, "--warmup", 2, "--save-every", 4, *options, "--out", tmp_path]
     dry, done = run("train.py", *options, "--dry-run"), run("train.py", *options)
     assert dry.returncode == done.returncode == 0, dry.stderr + done.stderr
-    promised = float(re.search(r"at most\s+([\d.]+)", dry.stdout)[1])
+    promised = float(re.search(r"together\s+([\d.]+)", dry.stdout)[1])
     measured = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["memory_gb"]
     assert promised == pytest.approx(measured, rel=0.15)

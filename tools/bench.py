@@ -127,7 +127,7 @@ def in_subprocess(inner):
     done = subprocess.run([sys.executable, "-m", "tools.bench", "--inner", inner, *sys.argv[1:]], capture_output=True,
                           text=True)
     if done.returncode:
-        raise BadInput(f"measuring {inner} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise BadInput(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -313,7 +313,7 @@ def bench_steps(args):
     joint = {} if args.alone else in_subprocess("both")
     timed, outside, flops = (in_subprocess(inner) for inner in ("steps", "outside", "flops"))
     if not timed["rows"]:
-        raise BadInput("no step to measure: give more --steps")
+        raise BadInput("no step to measure: two or more --steps, six for one of each kind")
     limit = matmul_rate(device, PRECISION[args.precision])
     found = {"peak": timed["peak"], "flops": flops, "difference": joint.get("difference"), "rows": {}}
     print(f"{args.teacher}, steps of {batch} in {args.precision} on {device}, medians; peak memory "
@@ -327,7 +327,7 @@ def bench_steps(args):
               f"{rate / limit:.0%} of the product's, {row['outside']:.1%} outside the networks")
         if joint:
             print(f"           in turn: ours {row['ours']:.4f} s, theirs {row['theirs']:.4f} s, "
-                  f"ratio {row['ratio']:.3f}")
+                  f"{row['ratio']:.3f} times as fast")
     print("  GFLOP of a step: " + ", ".join(f"{part} {count / 1e9:.2f}" for part, count in flops.items()))
     if joint:
         print(f"  after all steps the two are {found['difference']:.1e} apart (||a - b|| / ||b|| of the weights)")
@@ -343,7 +343,8 @@ def reference_loop(args, match_from):
     known = teacher.takes == "prompt" and args.match and args.ema and not (
         args.weight or args.guidance == 1 or isinstance(args.guidance, list) or args.grad_checkpointing)
     if not known or args.critic_updates > 1:
-        raise BadInput("the loop on diffusers has no such options, or no such teacher: --alone")
+        raise BadInput("the loop on diffusers is for teachers of text, with one guidance scale, without --match 0, "
+                       "--ema 0, --weight, --critic-updates or --grad-checkpointing: measure train.py --alone")
     return Loop(teacher, args, training_prompts(teacher, args.prompts), match_from)
 
 
@@ -360,6 +361,8 @@ def bench_sampling(args):
     StableDiffusionPipeline = need("diffusers").StableDiffusionPipeline
     device, dtype, batch = pick_device(args.device), PRECISION[args.precision], args.batch or 1
     teacher = load_teacher(args.teacher, device, dtype)
+    if teacher.takes != "prompt":
+        raise BadInput("--sampling is for teachers of text")
     w = train.default("guidance", args.teacher)
     student = load_student(device=device, dtype=dtype) if args.teacher == "tiny" else new_student(teacher, 600, w)
     student.network.to(dtype)
