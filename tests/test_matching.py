@@ -129,12 +129,15 @@ def test_guidance_is_limited_to_the_less_noisy_times():
 
 
 def test_the_critics_graph_is_still_there_for_its_own_loss(schedule):
-    """Its gradient is that of a critic that is asked again; and where the teacher is clipped, h is for L_M alone."""
+    """Its gradient is that of a critic that is asked again. Where the teacher is clipped, h is too, half as far again,
+    but for L_M alone."""
     x, n, tau = draw(8)
     spread = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     critic = denoiser(schedule, 2.0, spread)
     loss, h = matching_loss(x.requires_grad_(), denoiser(schedule, MU, S), critic, n, tau, schedule, clip=1.0)
     loss.sum().backward()
+    clipped = lambda x_t, t: critic(x_t, t).clamp(-1.5, 1.5)
+    assert torch.equal(loss, matching_loss(x, denoiser(schedule, MU, S), clipped, n, tau, schedule)[0])
     again = critic(noisy(x.detach(), n, tau, schedule), tau)
     assert torch.equal(h, again) and h.max() > 1.5 and spread.grad is None
     found = [torch.autograd.grad(critic_loss(x.detach(), z, tau, schedule).sum(), spread)[0] for z in (h, again)]
