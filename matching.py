@@ -30,8 +30,9 @@ def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
     """L_M of each sample, (B,), and h with its graph, for critic_loss. L_M's gradient is that of (f - h) . (h - x),
     also through f and h, in units of the teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is
     || f - h ||^2 in those units.
-    teacher, critic: callables (x_t, t, **condition). clip: where the teacher's predictions are clipped, h is half as
-    far again, here: what the student paints beyond has to show, and not the network's error, an epsilon's times 100."""
+    teacher, critic: callables (x_t, t, **condition). clip: the bound of the teacher's predictions, if they have one; in
+    L_M those of the critic have it half as far again: what the student paints beyond has to show, and not the network's
+    error, an epsilon's times 100."""
     leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
     x_tau = noisy(leaf, n, tau, schedule)
     f, whole_h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
@@ -39,7 +40,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
     unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
     product = ((f - h) * (h - leaf) / unit).sum()           # not the mean, whose gradient would underflow in fp16
     with torch.autocast(x.device.type, enabled=False):      # a backward pass has the types of its forward pass
-        [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
+        [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)      # h's; f's goes with f
     divergence = ((f - h).square() / unit).detach()
     return (divergence + gradient * (x - x.detach())).flatten(1).mean(1), whole_h
 

@@ -403,9 +403,8 @@ def train(args, rank, world, local_rank, executor):
     boundary = boundary_samples(args, 0)
     if args.micro_batch is None and not is_embedded(args.teacher) and device.type == "cuda":
         spare = 0.9 * torch.cuda.get_device_properties(device).total_memory - sum(memory.values())
-        fits = Plan(student, critic, args, mixed).most_at_once(
-            spare, [n for n in MICRO_BATCHES if local_batch % n == 0], boundary, True)
-        fits = torch.tensor(fits)
+        choices = [n for n in MICRO_BATCHES if local_batch % n == 0]
+        fits = torch.tensor(Plan(student, critic, args, mixed).most_at_once(spare, choices, boundary, True))
         if world > 1:
             with together(rank):
                 dist.all_reduce(fits, dist.ReduceOp.MIN, control)           # GPUs may differ
