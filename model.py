@@ -43,24 +43,24 @@ def unsupported(key, value, wanted):
     """The error for a config's value."""
     return ValueError(f"{key} = {value!r} is not supported: {wanted}")
 
-def settings(config, table, either=()):
+def settings(config, table, either=(), lists=("block_out_channels", "down_block_types", "up_block_types")):
     """The values of a published config by the table's keys; what else it has, the reference ignores as well.
-    table: key -> the default, `...` if there is none, and the other supported values. The lists, one value a level of
-    the network, are block_out_channels and the block types; for the keys named in `either` one value stands for all
-    levels. Raises ValueError with key, value and what is supported, and KeyError for what is missing."""
-    lists, values = {"block_out_channels", "down_block_types", "up_block_types"}, {}
+    table: key -> the default, `...` if there is none, and the other supported values. lists: the keys that have one
+    value a level of the network; for those named in `either` one value stands for all levels. Raises ValueError with
+    key, value and what is supported, and KeyError for what is missing."""
+    values = {}
     for key, supported in table.items():
         value = config.get(key, supported[0])
         if value is ...:
             raise KeyError(key)
         is_list = isinstance(value, (list, tuple))
         many = key in lists or (key in either and is_list)
-        if many and not (is_list and value and len(value) == len(config["block_out_channels"])):
-            raise unsupported(key, value, "one value for each of block_out_channels")
+        if many and not (is_list and value and len(value) == len(config[lists[0]])):
+            raise unsupported(key, value, f"one value for each of {lists[0]}")
         for item in value if many else [value]:
             if not is_in(item, supported):
                 raise unsupported(key, item, ", ".join(repr(good) for good in supported if good is not ...))
-        values[key] = [value] * len(config["block_out_channels"]) if key in either and not many else value
+        values[key] = [value] * len(config[lists[0]]) if key in either and not many else value
     if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
         raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
     return values
@@ -72,12 +72,15 @@ def sinusoid(t, dim, flip=False, shift=0):
     angle = t.float()[:, None] * frequency                                                  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()], 1)
 
-def guidance_sinusoid(w, dim):
+def guidance_sinusoid(w, dim, fastest=None):
     """Embedding of guidance scales w (B,) -> (B, dim), as in latent consistency models (Luo et al. 2023).
+    fastest: features that turn by more radians from w to w + 1 are zero instead. For neighbouring scales they are as
+    good as random, and make a student's pictures jump; their weights, which start at zero, then stay there.
     Angles reach thousands, where float32 rounding shows: so the operations are in the order of the reference."""
     frequency = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000) / (dim // 2 - 1)))
     angle = (w.float() - 1)[:, None] * 1000 * frequency                                     # (B, dim / 2)
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    features = torch.cat([angle.sin(), angle.cos()], 1)
+    return features if fastest is None else features * (1000 * frequency <= fastest).repeat(2)
 
 class Embedding(nn.Embedding):
     """nn.Embedding that skips its random values on the meta device: drawing them there costs a second of imports."""
@@ -302,7 +305,8 @@ UNET = {
     "norm_eps": [1e-5, EPS], "act_fn": ["silu", "swish"], "center_input_sample": [False],
     "flip_sin_to_cos": [True, False], "freq_shift": [0, Number(float, 0, 1)], "time_embedding_type": ["positional"],
     "time_embedding_dim": [None, COUNT], "time_cond_proj_dim": [None, Number(int, 4, 10**6)],
-    "class_embed_type": [None, "timestep"], "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
+    "time_cond_fastest": [None, Number(float, 0, 1000)], "class_embed_type": [None, "timestep"],
+    "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
     "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0],
     "mid_block_scale_factor": [1.0]}
 TEXT_UNET = UNET | {                                                            # UNet2DConditionModel
@@ -438,7 +442,8 @@ class UNet(nn.Module):
     def embed(self, t, target, guidance, label):
         """The sum of the embeddings of time, guidance, label and target time, (B,) each -> (B, 4 * c_0)."""
         if guidance is not None:
-            guidance = guidance_sinusoid(guidance, self.settings["time_cond_proj_dim"])
+            c = self.settings
+            guidance = guidance_sinusoid(guidance, c["time_cond_proj_dim"], c["time_cond_fastest"])
         emb = self.time_embedding(self.sinusoid(t), guidance)
         if label is not None:
             emb = emb + self.class_embedding(label)
@@ -542,6 +547,63 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Images, about [-1, 1], of scaled latents."""
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale))
+
+# ------------------------------------------------------------------------------------------------- the small VAE
+TINY_VAE_CONFIG = {
+    "_class_name": ["AutoencoderTiny"], "in_channels": [3], "out_channels": [3], "latent_channels": [4, COUNT],
+    "decoder_block_out_channels": [..., COUNT], "encoder_block_out_channels": [..., COUNT],
+    "num_decoder_blocks": [..., FEW], "num_encoder_blocks": [..., FEW], "act_fn": ["relu"], "upsample_fn": ["nearest"],
+    "upsampling_scaling_factor": [2], "scaling_factor": [1.0, Number(float, 1e-6, 1e6)], "shift_factor": [0.0, None]}
+TINY_VAE_LISTS = (
+    "decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks")
+
+class TinyBlock(nn.Module):
+    """Three convolutions on a residual stream, (B, c, h, w)."""
+
+    def __init__(self, c):
+        super().__init__()
+        convs = [nn.Conv2d(c, c, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + x)
+
+class TinyVAE(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, c_latent, h, w) and back, as VAE does it, in a fraction of the time
+    (AutoencoderTiny: TAESD, by O. Boer Bohan), from its config dict."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        c = self.settings = settings(config, TINY_VAE_CONFIG, lists=TINY_VAE_LISTS)
+        widths = c["decoder_block_out_channels"] + c["encoder_block_out_channels"]
+        width, self.scale = widths[0], c["scaling_factor"]
+        if set(widths) != {width}:
+            raise unsupported("decoder_block_out_channels", widths, "the same width in all blocks of both halves")
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+
+        encoder = [conv(3, width)]
+        for level, num in enumerate(c["num_encoder_blocks"]):
+            encoder += [conv(width, width, stride=2, bias=False)] if level > 0 else []
+            encoder += [TinyBlock(width) for _ in range(num)]
+        encoder += [conv(width, c["latent_channels"])]
+
+        decoder = [conv(c["latent_channels"], width), nn.ReLU()]
+        for level, num in enumerate(c["num_decoder_blocks"]):
+            decoder += [nn.Upsample(scale_factor=2), conv(width, width, bias=False)] if level > 0 else []
+            decoder += [TinyBlock(width) for _ in range(num)]
+        decoder += [conv(width, 3)]
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*encoder)})
+        self.decoder = nn.ModuleDict({"layers": nn.Sequential(*decoder)})
+
+    def encode(self, images):
+        """Scaled latents."""
+        return self.encoder["layers"]((images + 1) / 2) * self.scale
+
+    def decode(self, latents):
+        """Images, about [-1, 1], of scaled latents."""
+        z = latents.to(self.decoder["layers"][0].weight.dtype) / self.scale
+        return self.decoder["layers"](torch.tanh(z / 3) * 3) * 2 - 1
 
 # -------------------------------------------------------------------------------------------------- text encoder
 TEXT_CONFIG = {

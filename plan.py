@@ -81,7 +81,8 @@ class Plan:
                 network and fake(network) for network in (teacher.unet, teacher.vae, teacher.text_encoder))
             self.student = Student(fake(student.network), teacher, student.input_time, student.guidance)
             self.critic = critic and Critic(fake(critic.network), self.student)
-        self.trained = [p for part in (self.student, self.critic) if part for p in part.network.parameters()]
+        self.trained = [p for part in (self.student, self.critic) if part for p in part.network.parameters()
+                        if p.requires_grad]
 
     def flops(self, boundary):
         """{part: FLOPs of a sample}. boundary: the slice of the samples with such a loss, every k-th or none."""

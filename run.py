@@ -1,6 +1,5 @@
 """A run of train.py: its processes, its folder and the checkpoints in it, its signals.
 
-    rank, world, local_rank = torchrun()
     with hold(out):                                         # nobody else trains there
         step, folder, saved = newest(out)                   # the last whole checkpoint
         join(rank, world, "nccl")
@@ -43,22 +42,6 @@ MEETING = datetime.timedelta(minutes=30)        # how long processes wait for ot
 WAIT = datetime.timedelta(minutes=2)            # and then in a step: who is later is taken for dead
 INFO = "checkpoint.json"
 FILE_SIZE = 2**29                               # bytes of a file of a checkpoint, of which there is a copy in memory
-
-def torchrun():
-    """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
-    what a cluster left there, and this is the only process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = ", ".join(name for name in names if not os.environ.get(name))
-    size = os.environ.get("WORLD_SIZE") or "1"
-    if missing and size != "1":
-        warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process trains alone", stacklevel=2)
-    if missing or size == "1":
-        return 0, 1, 0
-    with parsing("RANK, WORLD_SIZE and LOCAL_RANK"):
-        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
-        if not 0 <= rank < world:
-            raise ValueError(f"there is no process {rank} of {world}")
-        return rank, world, local_rank
 
 def join(rank, world, backend):
     """Meet the other processes, which may still be downloading. Says so if that takes long, because one may never come.

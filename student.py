@@ -14,17 +14,20 @@ from checkpoint import (TINY, WEIGHTS, BadInput, build, find, load_module, read_
                         weight_files, write_file, write_json)
 from model import Number, UNet, target_slot
 from signal_ode import clean_prediction, student_signal
-from teacher import Teacher
+from teacher import Teacher, fingerprint
 
 REFINE_FROM = 5         # the teacher refines from time T / 5 on: found by trial
+FASTEST = 2.0           # radians that a feature of the guidance scale may turn from w to w + 1
 
 class Student:
     """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
     input_time: the fixed time i at which it reads its noise. guidance: the scale w that is built in, or a range
-    [lo, hi] of scales that can be asked for. Raises BadInput for guidance of a teacher that can't be guided."""
+    [lo, hi] of scales that can be asked for. fingerprint: tells trained ones apart, where it was read from a file.
+    Raises BadInput for guidance of a teacher that can't be guided."""
 
-    def __init__(self, network, teacher, input_time, guidance):
+    def __init__(self, network, teacher, input_time, guidance, fingerprint=None):
         self.network, self.teacher, self.input_time, self.guidance = network, teacher, input_time, guidance
+        self.fingerprint = fingerprint
         self.ranged = isinstance(guidance, list)
         if teacher.uncond is None and guidance != 1:
             raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
@@ -82,6 +85,7 @@ def teacher_weights(teacher, guidance):
     tensors, _ = read_tensors(files, teacher.device, torch.float32)
     if isinstance(guidance, list):
         config["time_cond_proj_dim"] = 256                  # the width that latent consistency models have
+        config["time_cond_fastest"] = FASTEST
         zeros = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
         tensors["time_embedding.cond_proj.weight"] = zeros
     return config, tensors, files[0]
@@ -97,6 +101,14 @@ def new_student(teacher, input_time, guidance):
         tensors[f"{slot}_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
         tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
     return Student(build(UNet, config, tensors, file), teacher, input_time, guidance)
+
+def let_learn(network):
+    """Make a student's network learn; returns the parameters that do. Norms and biases stay the teacher's, which costs
+    no quality that shows: so all that it learns fits into the matrices of a LoRA (tools.export). The embeddings of time
+    and guidance do learn theirs, because these end as a constant."""
+    for name, p in network.named_parameters():
+        p.requires_grad_(p.ndim > 1 or "_embedding." in name)
+    return [p for p in network.parameters() if p.requires_grad]
 
 def new_critic(student):
     """The critic of a student, which equals the unguided teacher before training. float32."""
@@ -142,7 +154,8 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     require(len(scales) == 2 and all(scale in good for scale in scales) and scales[0] <= scales[1], path, "guidance", w,
             f"{good}, or a list of the lowest and the highest")
     require(i in times, path, "input_time", i, times)
-    student = Student(load_module(UNet, folder, device, dtype), teacher, i, w)
+    network, own = load_module(UNet, folder, device, dtype), fingerprint(weight_files(folder), teacher.schedule, i)
+    student = Student(network, teacher, i, w, own)
     check_network(student, folder / "config.json")
     return student
 
@@ -154,5 +167,5 @@ def check_network(student, where):
         value = "timestep" if key == own_time else teacher.settings[key]
         if key == "time_cond_proj_dim":
             require(bool(own[key]) == student.ranged, where, key, own[key], "null, but for a range of guidance")
-        else:
+        elif key != "time_cond_fastest":                    # which goes along with it
             require(own[key] == value, where, key, own[key], f"{value!r}, of a student of teacher {teacher.spec}")

@@ -10,17 +10,19 @@
 import functools
 import hashlib
 import math
+import os
 import random
 import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import (BadInput, load_module, modern, open_tensors, parsing, read_json, require, resolve, weight_files,
-                        weight_names)
-from model import VAE, Number, TextEncoder, UNet, is_pixel, unet_settings
-from signal_ode import Schedule, clean_prediction, guide, solve
+from checkpoint import (BadInput, find, load_module, modern, open_tensors, parsing, read_json, require, resolve,
+                        weight_files, weight_names)
+from model import VAE, Number, TextEncoder, TinyVAE, UNet, is_pixel, unet_settings
+from signal_ode import Schedule, clean_prediction, guide, like, solve
 from tokenizer import Tokenizer
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +41,22 @@ def pick_device(name=None, local_rank=0):
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name or device} is not available here ({reason}): try cpu") from None
     return device
+
+def torchrun():
+    """(rank, number of processes, rank on this machine). Where a part of torchrun's environment is missing, the rest is
+    what a cluster left there, and this is the only process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = ", ".join(name for name in names if not os.environ.get(name))
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if missing and size != "1":
+        warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process works alone", stacklevel=2)
+    if missing or size == "1":
+        return 0, 1, 0
+    with parsing("RANK, WORLD_SIZE and LOCAL_RANK"):
+        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
+        if not 0 <= rank < world:
+            raise ValueError(f"there is no process {rank} of {world}")
+        return rank, world, local_rank
 
 def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
     """The frozen teacher of a name, hub id or folder in the diffusers layout. Raises BadInput, one sentence."""
@@ -88,6 +106,18 @@ class Teacher:
         require(len(vocab) == text["vocab_size"] > max(vocab.values()), self.folder / "text_encoder", "vocab_size",
                 text["vocab_size"], f"{len(vocab)}, the tokens of {self.folder / 'tokenizer'} with those that were "
                 "added (resize_token_embeddings gives each its embedding)")
+
+    def use_decoder(self, spec):
+        """From now on decode by the small VAE (AutoencoderTiny) in a folder or hub repository. Raises BadInput."""
+        if self.vae is None:
+            raise BadInput(f"teacher {self.spec} paints pixels: it needs no decoder")
+        folder, _ = find(spec)
+        small, own = load_module(TinyVAE, folder, self.device, self.dtype), self.vae.settings
+        for key, value, wanted in (
+                ("latent_channels", small.settings["latent_channels"], own["latent_channels"]),
+                ("num_decoder_blocks", len(small.settings["num_decoder_blocks"]), len(own["block_out_channels"]))):
+            require(value == wanted, folder / "config.json", f"the number of {key}", value, f"{wanted}, as the VAE has")
+        self.vae = small
 
     @functools.cached_property
     def unet(self):
@@ -302,6 +332,14 @@ def noise(seeds, shape):
     """eps (B, *shape), each sample from a generator of its own: the same in any batch, on any number of devices."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+def slerp(a, b, share):
+    """Noises (F, ...) on the way from a to b at shares (F,) of it: on the great circle through both, where they are as
+    long as noise is; straight, where a and b are the same."""
+    cos = (F.normalize(a.flatten(1)) * F.normalize(b.flatten(1))).sum(1).clamp(-1, 1)           # (F,)
+    angle = cos.acos().clamp(min=1e-3)
+    of_a, of_b = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
+    return like(of_a, a) * a + like(of_b, b) * b
 
 def to_pil(images):
     """Images (B, 3, H, W) in [-1, 1] to a list of B PIL images."""

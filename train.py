@@ -31,11 +31,12 @@ from checkpoint import EMBEDDED, HUB, WEIGHTS, BadInput, command, is_embedded, l
 from matching import critic_loss, limited_guidance, matching_loss
 from plan import PYTHON, Plan, report
 from run import (MEETING, WAIT, Saver, Stop, check_options, check_space, full, hold, join, load, local, newest,
-                 peak_memory, reduce_in_backward, rewind_log, saved_step, shard, spare_memory, together, torchrun,
-                 warn_once, whole_tensors)
+                 peak_memory, reduce_in_backward, rewind_log, saved_step, shard, spare_memory, together, warn_once,
+                 whole_tensors)
 from signal_ode import boot_losses, contraction, noisy
-from student import Student, new_critic, new_student, save_student
-from teacher import PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, training_prompts
+from student import Student, let_learn, new_critic, new_student, save_student
+from teacher import (PRECISION, image_grid, load_teacher, noise, pick_device, readable, to_pil, torchrun,
+                     training_prompts)
 
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
@@ -331,14 +332,14 @@ def train(args, rank, world, local_rank, executor):
     averaged = student                                                      # with --ema 0 they are the same
     if args.ema:
         averaged = Student(copy.deepcopy(student.network), teacher, args.input_time, args.guidance)
-    student.network.requires_grad_(True)
+    let_learn(student.network)
     student.network.checkpointing = args.grad_checkpointing
     if args.shard:
         shard(teacher.unet, device, dtype)
         shard(student.network, device, dtype)
         if args.ema:
             shard(averaged.network, device, dtype)
-    params = list(student.network.parameters())
+    params = [p for p in student.network.parameters() if p.requires_grad]
     optimizer = new_optimizer(params, args.lr, device)
 
     # ---- Critic: the third network, which learns what the student paints, to tell it from what the teacher would
@@ -365,7 +366,7 @@ def train(args, rank, world, local_rank, executor):
     if args.ema:
         state |= {f"ema.{name}": p for name, p in averaged.network.named_parameters()}
         averages = [local(p) for p in averaged.network.parameters()]
-        weights = [local(p.detach()) for p in params]
+        weights = [local(p.detach()) for p in student.network.parameters()]
     if args.match:
         state |= training_state(critic.network, critic_optimizer, "critic_")
         state["critic_steps"] = critic_steps = torch.tensor(0)
@@ -413,7 +414,7 @@ def train(args, rank, world, local_rank, executor):
         matched = f", matched after {match_from} with a critic as large" if match_from < args.steps else ""
         resuming = f", {'resuming' if start < args.steps else 'already'} at step {start}" if start else ""
         print(f"{args.teacher} -> {args.out} on {world} x {device} in {args.precision}: "
-              f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
+              f"{sum(p.numel() for p in networks['student']) / 1e6:.1f} M parameters, {len(prompts)} prompts, guidance "
               f"{args.guidance}, input time {args.input_time}, {args.steps} steps of {args.batch}, {micro_batch} at "
               f"once{matched}{resuming}; {sum(memory.values()) / 1e9:.2f} GB of memory in each process, and what a "
               f"pass needs; a checkpoint takes {saved / 1e9:.2f} GB on disk, three of them while one is written",
@@ -431,7 +432,7 @@ def train(args, rank, world, local_rank, executor):
             print(f"samples of a step: {world} (processes) x {local_batch // micro_batch} (micro-batches) x "
                   f"{micro_batch}")
             print(report(plan.flops(boundary), steps, args.batch, networks, memory))
-        check_space(args.out, saved, sum(p.nbytes for p in params))
+        check_space(args.out, saved, sum(p.nbytes for p in networks["student"]))
     if args.dry_run:
         return
     stop = Stop(speaks=rank == 0)

@@ -199,7 +199,7 @@ def test_a_file_system_without_chmod_and_fsync_is_no_error(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("env, message", [
     ({"WORLD_SIZE": "2"}, "warning: WORLD_SIZE=2 is not torchrun's, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PO"),
-    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process trains alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process works alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
 def test_what_a_cluster_left_in_the_environment_is_no_torchrun(call, tmp_path, monkeypatch, env, message):
     for key, value in env.items():
         monkeypatch.setenv(key, value)

@@ -32,7 +32,7 @@ from checkpoint import STEM, BadInput, command, load_module, read_json, resolve,
 from model import VAE, TextEncoder, UNet
 from plan import Plan
 from run import Saver, peak_memory, system_memory
-from student import load_student, new_critic, new_student
+from student import let_learn, load_student, new_critic, new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
 from tools.kill import read_state
 
@@ -300,8 +300,9 @@ def count_flops(args):
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
     critic = new_critic(student) if args.match else None
-    for trained in filter(None, (student, critic)):
-        trained.network.requires_grad_(True)
+    let_learn(student.network)
+    if critic:
+        critic.network.requires_grad_(True)
     mixed = functools.partial(train.autocast, device, teacher.dtype)
     flops = Plan(student, critic, args, mixed).flops(train.boundary_samples(args, 0))
     return {part: count * args.batch for part, count in flops.items()}

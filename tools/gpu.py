@@ -28,7 +28,7 @@ import train
 from checkpoint import BadInput, command, write_json
 from run import Saver, checkpoints, peak_memory
 from signal_ode import noisy
-from student import new_student
+from student import let_learn, new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
 from tools.bench import Steps, matmul_rate, median_seconds
 from tools.kill import differences
@@ -71,7 +71,8 @@ def passes(args):
         limit = matmul_rate(device, dtype)
         teacher = load_teacher(args.teacher, device, dtype)
         student = new_student(teacher, teacher.schedule.T, 1.0)
-        network = student.network.requires_grad_(True)
+        network = student.network
+        let_learn(network)
         for block in (*network.down_blocks, network.mid_block, *network.up_blocks) if compiled else ():
             block.compile()
         for layout, batch in itertools.product((torch.contiguous_format, torch.channels_last), args.micro_batches):

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import train
 from matching import critic_loss, limited_guidance, matching_loss
 from signal_ode import bootstrap_loss, boundary_loss, clean_prediction, guide, noisy, student_signal
+from student import let_learn
 
 
 class Loop:
@@ -40,7 +41,7 @@ class Loop:
         self.critic_network = unet().train()
         self.networks = {"network": self.network.to(self.device), "critic_network": self.critic_network.to(self.device)}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
-        self.optimizer = adam(self.network.parameters(), args.lr)
+        self.optimizer = adam(let_learn(self.network), args.lr)
         self.critic_optimizer = adam(self.critic_network.parameters(), args.critic_lr)
         self.ema = EMAModel(self.network.parameters(), decay=args.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import TINY, WEIGHTS, BadInput, command, load_module, write_file, write_json
-from model import VAE, TextEncoder, UNet
+from model import VAE, TextEncoder, TinyVAE, UNet
 from signal_ode import Schedule, like, noisy
 from student import load_student, save_student
 from teacher import pick_device
@@ -47,6 +47,10 @@ VAE_CONFIG = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_chann
               "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"] * 3,
               "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3, "out_channels": 3,
               "latent_channels": 4, "norm_num_groups": 8, "sample_size": 32}
+DECODER_CONFIG = {"_class_name": "AutoencoderTiny", "act_fn": "relu", "in_channels": 3, "out_channels": 3,
+                  "latent_channels": 4, "encoder_block_out_channels": [16] * 3, "num_encoder_blocks": [1] * 3,
+                  "decoder_block_out_channels": [16] * 3, "num_decoder_blocks": [3, 2, 1], "scaling_factor": 1.0,
+                  "upsampling_scaling_factor": 2, "latent_magnitude": 3, "latent_shift": 0.5}
 TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu",
                "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2,
                "max_position_embeddings": 77, "layer_norm_eps": 1e-5, "projection_dim": 64, "pad_token_id": 0}
@@ -236,6 +240,28 @@ def train_vae(args, train):
     save(args.out / "vae", vae, dict(VAE_CONFIG, scaling_factor=round(1 / mean.std().item(), 5)))
 
 
+def decoder_loss(small, vae, train, device, rng, batch):
+    """The VAE's own pictures of latents, and its own latents of images, in L1 and L2."""
+    images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(device)
+    with torch.no_grad():
+        mean, logvar = vae.moments(images)
+        noise = torch.randn(mean.shape, generator=rng).to(device)
+        latents, mean = vae.scale * (mean + (0.5 * logvar).exp() * noise), vae.scale * mean
+        pictures = vae.decode(latents)
+    errors = small.decode(latents) - pictures, small.encode(images) - mean
+    return sum(error.abs().mean() + error.square().mean() for error in errors)
+
+
+def train_decoder(args, train):
+    """The small autoencoder: it takes the VAE's latents as the U-Net has them."""
+    torch.manual_seed(args.seed)
+    vae = load_module(VAE, args.out / "vae", args.device, torch.float32)
+    small = TinyVAE(DECODER_CONFIG)
+    loss = functools.partial(decoder_loss, small, vae, train, args.device)
+    fit("decoder", [small], loss, args, args.decoder_steps, 2e-3, 32)
+    save(args.out / "decoder", small, DECODER_CONFIG)
+
+
 def judge_loss(judge, train, device, rng, batch):
     """Cross-entropy of garment, colour and background."""
     images, labels = draw_batch(train, batch, rng, COMBINATIONS)
@@ -339,7 +365,7 @@ def ship_student(args):
 
 
 def main():
-    stages = ("tokenizer", "vae", "judge", "reference", "unet", "pixel", "student")
+    stages = ("tokenizer", "vae", "decoder", "judge", "reference", "unet", "pixel", "student")
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data", default="/usr/share/datasets/fashion-mnist",
@@ -347,8 +373,9 @@ def main():
     p.add_argument("--out", type=Path, default=TINY, help="the teacher's folder")
     p.add_argument("--work", type=Path, default=Path("runs/train_tiny"),
                    help="checkpoints and logs; delete a stage's .pt to train it anew")
-    p.add_argument("--stages", nargs="+", default=stages[:6], choices=stages)
+    p.add_argument("--stages", nargs="+", default=stages[:-1], choices=stages)
     p.add_argument("--vae-steps", type=int, default=6000)
+    p.add_argument("--decoder-steps", type=int, default=12_000)
     p.add_argument("--judge-steps", type=int, default=5000)
     p.add_argument("--unet-steps", type=int, default=6000)
     p.add_argument("--pixel-steps", type=int, default=22_000)
@@ -358,12 +385,14 @@ def main():
     args = p.parse_args()
     args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    if set(args.stages) & {"vae", "judge", "unet", "pixel"}:
+    if set(args.stages) & {"vae", "decoder", "judge", "unet", "pixel"}:
         train = read_split(args.data, "train")
     if "tokenizer" in args.stages:
         make_tokenizer(args)
     if "vae" in args.stages:
         train_vae(args, train)
+    if "decoder" in args.stages:
+        train_decoder(args, train)
     if "judge" in args.stages:
         train_judge(args, train)
     if "reference" in args.stages:
