@@ -183,7 +183,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 def modern(name):
     """The name that our networks give to a published parameter: diffusers' present name, if it has an old one."""
-    if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name):
+    if re.match(r"(embeddings|encoder\.layers\.\d+\.(layer_norm\d|self_attn|mlp)|final_layer_norm)\.", name):
         return f"text_model.{name}"                         # transformers 5 leaves the first part out
     if ".attentions." not in name:
         return name

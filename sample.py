@@ -4,7 +4,7 @@
     python sample.py --student runs/tiny --prompt "a blue bag on a white background" --num 16 --grid
     python sample.py --prompt "a green coat on a pink background" --compare 1 10 50 --refine 2
     python sample.py --prompt "a green coat on a pink background" --seed 3 8 --interpolate
-    torchrun --nproc_per_node=8 sample.py --student runs/sd21 --prompts many.txt --out samples/many
+    torchrun --nproc_per_node=8 -- sample.py --student runs/sd21 --prompts many.txt --out samples/many
 
 The same command again skips the pictures that are there, whole.
 """
@@ -196,7 +196,9 @@ def write_index(path, jobs, about):
 def paint_jobs(student, args, jobs, about, folder, rank=0, world=1):
     """Paint the jobs, or every world-th batch of them, into the folder, or with None into nothing but memory, and skip
     those that are there. Returns {job: picture}, but only with --grid."""
-    teacher, kept, known = student.teacher, {}, {}
+    teacher, kept, known, there = student.teacher, {}, {}, set()
+    if folder and folder.is_dir():
+        there = set(os.listdir(folder))
     size = min(args.batch, len(jobs))                       # the last batch is filled up: one shape, the same last bits
     order = {prompt: k for k, prompt in enumerate(dict.fromkeys(job.prompt for job in jobs))}
     jobs = sorted(jobs, key=lambda job: order[job.prompt])  # so that each prompt is encoded once
@@ -207,7 +209,7 @@ def paint_jobs(student, args, jobs, about, folder, rank=0, world=1):
     with bar, ThreadPoolExecutor(1) as writer:              # encodes and writes beside the computation
         for batch in batches:
             texts = {job: text_chunks(job._asdict() | about) for job in batch}
-            found = {job: whole(folder / job.file, texts[job]) for job in batch} if folder else {}
+            found = {job: whole(folder / job.file, texts[job]) for job in batch if job.file in there}
             if missing := [job for job in batch if not found.get(job)]:
                 filled = batch + batch[-1:] * (size - len(batch))
                 numbers, w = [job.seed for job in filled], torch.tensor([job.guidance for job in filled])
@@ -237,10 +239,23 @@ def between(u, eps, w, condition):
             for name, c in condition.items()}
     return slerp(eps[k], eps[k + 1], share), torch.lerp(w[k], w[k + 1], share), text
 
+def film(student, args, u, corners):
+    """(pictures at places u between the corners, distances (F - 1,) of neighbours)."""
+    pictures, distances, before = [], [], None
+    for part in u.split(args.batch):
+        eps, w, condition = between(part, **corners)
+        latents = student.refine(eps, args.refine, w=w if student.ranged else student.guidance, **condition)
+        names = [f"frame {len(pictures) + k}" for k in range(len(part))]
+        images = student.teacher.decode(latents, names).cpu()                                   # (B, 3, H, W)
+        row = images if before is None else torch.cat([before, images])
+        distances += row.diff(dim=0).flatten(1).norm(dim=1).tolist()
+        pictures, before = pictures + to_pil(images), images[-1:]
+    return pictures, np.array(distances)
+
 def walk(student, args, seeds, prompts, scales, about):
     """Paint --interpolate pictures on the way from the first of the seeds, prompts and scales through the others to the
     last, at the picture's own pace: neighbours are equally far apart. Writes them, and a film there and back."""
-    teacher, frames = student.teacher, args.interpolate
+    teacher = student.teacher
     if len(seeds) == len(prompts) == len(scales) == 1:
         seeds = [seeds[0], seeds[0] + 1]
     stops = max(len(seeds), len(prompts), len(scales))
@@ -253,29 +268,20 @@ def walk(student, args, seeds, prompts, scales, about):
     corners = {"eps": noise(corners[0], teacher.shape).to(teacher.device),
                "w": torch.tensor(corners[2], device=teacher.device), "condition": teacher.encode(corners[1])}
 
-    u = torch.linspace(0, stops - 1, frames, dtype=torch.float64)
-    for _ in range(PACING):                                 # each time closer to equal steps
-        latents = []
-        for part in u.split(args.batch):
-            eps, w, condition = between(part, **corners)
-            latents.append(student(eps, 0, w=w, **condition).cpu())
-        steps = torch.cat(latents).diff(dim=0).flatten(1).norm(dim=1).double().cumsum(0)
-        way = np.concatenate([[0.0], (steps / steps[-1]).numpy()])
-        u = torch.from_numpy(np.interp(np.linspace(0, 1, frames), way, u.numpy()))
+    u = torch.linspace(0, stops - 1, args.interpolate, dtype=torch.float64)
+    frames, distances = film(student, args, u, corners)
+    for _ in range(PACING):                                 # each time closer to equal distances
+        way = np.append(0.0, distances.cumsum() / max(distances.sum(), 1e-9))
+        u = torch.from_numpy(np.interp(np.linspace(0, 1, len(u)), way, u.numpy()))
+        frames, distances = film(student, args, u, corners)
 
-    film = []
-    for part in tqdm(u.split(args.batch), "frames", disable=frames <= args.batch):
-        eps, w, condition = between(part, **corners)
-        names = [f"frame {len(film) + k}" for k in range(len(part))]
-        film += [image for image, in paint(student, args, eps, w, condition, names)]
     said = {"prompt": "\n".join(prompts), "seed": " to ".join(map(str, seeds)),
             "guidance": " to ".join(map(str, scales)), **about}
     save_all([(args.out / f"frame_{k:04d}.png", picture, text_chunks(said | {"place": f"{place:.4f}"}))
-              for k, (picture, place) in enumerate(zip(film, u.tolist()))])
-    large = [image_grid([[picture]], 96) for picture in film + film[-2:0:-1]]
-    save = functools.partial(large[0].save, format="WEBP", save_all=True, append_images=large[1:], duration=FRAME_MS,
-                             loop=0, quality=90)
-    write_file(args.out / "interpolation.webp", save)
+              for k, (picture, place) in enumerate(zip(frames, u.tolist()))])
+    first, *rest = [image_grid([[picture]], 96) for picture in frames + frames[-2:0:-1]]
+    write_file(args.out / "interpolation.webp", functools.partial(
+        first.save, format="WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=90))
     print(args.out / "interpolation.webp")
 
 @torch.no_grad()
@@ -311,8 +317,9 @@ def main():
     if rank == 0 and not file:
         write_index(args.out / "index.jsonl", jobs, about)
     kept = paint_jobs(student, args, jobs, about, None if file and args.grid else folder, rank, world)
-    for job in jobs if len(jobs) <= FEW and not (file and args.grid) else []:
-        print(f"{folder / job.file}  {job.prompt}")
+    if rank == 0 and len(jobs) <= FEW and not (file and args.grid):
+        for job in jobs:
+            print(f"{folder / job.file}  {job.prompt}")
     if args.grid:
         across = len(scales) if len(scales) > 1 else len(prompts)
         across = across if across > 1 else max(1, round(len(jobs) ** 0.5))

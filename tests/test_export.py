@@ -1,6 +1,10 @@
 """What tools.export writes, in the reference library's stock pipelines: the same pictures as sample.py's."""
 
+import base64
+import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -178,3 +182,91 @@ def test_the_single_file_opens_as_the_original_does(call, tmp_path):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "x", subfolder="scheduler")
     expected = sampled(call, tmp_path / "own", TINY / "student", *text_options())
     assert abs(painted(pipeline, prompt=PROMPTS, guidance_scale=1.0) - expected).max() <= 1
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the hub an upload needs, for files that go into the commit itself. .files: {path: bytes} of its commits."""
+    protocol_version, files, visibility, allowed = "HTTP/1.1", {}, [], True
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, value):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self):
+        """The request's, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_POST(self):
+        lines = [json.loads(line) for line in self.body().splitlines()]
+        if not self.allowed:
+            return self.answer(403, {"error": "no"})
+        if self.path == "/api/repos/create":
+            self.visibility.append(lines[0].get("visibility"))
+            return self.answer(200, {"url": f"http://127.0.0.1/{lines[0]['organization']}/{lines[0]['name']}"})
+        if "/preupload/" in self.path:
+            return self.answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                               for file in lines[0]["files"]]})
+        if "/commit/" in self.path:
+            self.files |= {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                           for line in lines if line["key"] == "file"}
+            return self.answer(200, {"commitUrl": "http://127.0.0.1/me/boot/commit/c", "commitOid": "c" * 40})
+        return self.answer(200, {})                         # the card's front matter is asked about
+
+    def do_GET(self):
+        self.answer(404, {})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    from huggingface_hub import HfApi
+    api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_x")
+    monkeypatch.setattr("tools.export.HfApi", lambda: api)
+    Hub.files, Hub.visibility, Hub.allowed = {}, [], True
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_export_is_pushed_to_the_hub_whole(call, tmp_path, hub):
+    printed = exported(call, tmp_path / "x", TINY / "student", "--push", "me/boot", "--private")
+    written = {str(path.relative_to(tmp_path / "x")): path.read_bytes()
+               for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert hub.files == written and hub.visibility == ["private"] and "me/boot/commit" in printed
+    assert 'from_pretrained("me/boot"' in hub.files["README.md"].decode()
+
+
+def test_a_push_that_is_refused_leaves_the_folder_and_says_what_to_do(call, tmp_path, hub):
+    hub.allowed = False
+    code, _, error = call("tools.export", "--out", tmp_path / "x", "--push", "me/boot")
+    assert code == 2 and "log in with `hf auth login`" in error and (tmp_path / "x" / "README.md").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--student", TINY / "pixel", "--lora", 8), "--lora and --single-file are for students of Stable Diffusion"),
+    (("--lora", "0"), "--lora 0 is neither a rank"), (("--guidance", 7), "--guidance 7.0 is not supported"),
+    (("--decoder", TINY / "vae"), "AutoencoderKL")])
+def test_what_can_not_be_exported_is_one_sentence(call, tmp_path, options, message):
+    code, _, error = call("tools.export", *options, "--out", tmp_path / "x")
+    assert code == 2 and message in error and "Traceback" not in error
+
+
+def test_an_export_overwrites_nothing(call, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    code, _, error = call("tools.export", "--out", tmp_path)
+    assert code == 2 and "is not empty" in error

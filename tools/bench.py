@@ -6,14 +6,16 @@
     python -m tools.bench --step                            train.py's steps beside those of tools/reference.py
     python -m tools.bench --step --alone --teacher FOLDER -- --micro-batch 4    only train.py's, with options of it
     python -m tools.bench --sampling                        one step beside the pipeline's guided fifty
+    python -m tools.bench --pictures 10000                  sample.py beside its bare networks
 
-Needs `pip install diffusers transformers`, but with --alone.
+Needs `pip install diffusers transformers`, but with --alone or --pictures.
 """
 
 import argparse
 import contextlib
 import functools
 import importlib
+import io
 import json
 import math
 import statistics
@@ -27,11 +29,13 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
+import sample
 import train
 from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
 from plan import Plan
 from run import Saver, peak_memory, system_memory
+from sample import paint_jobs
 from student import let_learn, load_student, new_critic, new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
 from tools.kill import read_state
@@ -355,9 +359,16 @@ def differ(state, name, network):
     return math.sqrt(sum((a - b).square().sum() for a, b in zip(ours, theirs)) / sum(b.square().sum() for b in theirs))
 
 
+def png(picture):
+    """A picture as a PNG file in memory."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @torch.no_grad()
 def bench_sampling(args):
-    """Print seconds from prompts to pictures in memory: a student's one step, and the reference pipeline's guided fifty
+    """Print seconds from prompts to PNG files in memory: a student's one step, and the reference pipeline's guided fifty
     of its teacher, in turn. Returns them."""
     StableDiffusionPipeline = need("diffusers").StableDiffusionPipeline
     device, dtype, batch = pick_device(args.device), PRECISION[args.precision], args.batch or 1
@@ -367,6 +378,8 @@ def bench_sampling(args):
     w = train.default("guidance", args.teacher)
     student = load_student(device=device, dtype=dtype) if args.teacher == "tiny" else new_student(teacher, 600, w)
     student.network.to(dtype)
+    if args.decoder:
+        student.teacher.use_decoder(args.decoder)
     pipeline = StableDiffusionPipeline.from_pretrained(
         teacher.folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -375,16 +388,58 @@ def bench_sampling(args):
     for k in range(args.repeat + 1):
         began = time.perf_counter()
         eps = noise(range(k * batch, (k + 1) * batch), teacher.shape).to(device)
-        to_pil(teacher.decode(student(eps, 0, **teacher.encode(prompts))))
+        latents = student(eps, 0, **student.teacher.encode(prompts))
+        one = [png(picture) for picture in to_pil(student.teacher.decode(latents))]
         between = time.perf_counter()
-        pipeline(prompts, num_inference_steps=50, guidance_scale=w)
+        fifty = [png(picture) for picture in pipeline(prompts, num_inference_steps=50, guidance_scale=w).images]
         times["one step"].append(between - began)
         times["fifty"].append(time.perf_counter() - between)
-    found = {name: statistics.median(values[1:]) for name, values in times.items()}
-    found["ratio"] = statistics.median(b / a for a, b in list(zip(*times.values()))[1:])
+    assert len(one) == len(fifty) == batch
+    first = 1 if args.repeat > 1 else 0                     # the first pair, which is slower, is not counted
+    found = {name: statistics.median(values[first:]) for name, values in times.items()}
+    found["ratio"] = statistics.median(b / a for a, b in list(zip(*times.values()))[first:])
     print(f"{args.teacher}, {batch} at once in {args.precision} on {device}, medians of {args.repeat}: one step "
           f"{found['one step']:.4f} s, the pipeline's guided fifty {found['fifty']:.4f} s, ratio {found['ratio']:.1f}")
     return found
+
+
+def timed(took, function, *args):
+    """What a call returns; its seconds are added to the list."""
+    began = time.perf_counter()
+    result = function(*args)
+    took.append(time.perf_counter() - began)
+    return result
+
+
+@torch.no_grad()
+def bench_pictures(args):
+    """Print images a second of sample.py, from prompts to so many PNG files on disk, beside its bare networks, student
+    and decoder on the same batches, in turn. Returns them."""
+    device, batch = pick_device(args.device), args.batch or 16
+    student, rows = load_student(device=device, dtype=PRECISION[args.precision]), []
+    teacher, num = student.teacher, args.pictures
+    prompts = training_prompts(teacher)
+    eps, condition = noise(range(batch), teacher.shape).to(device), teacher.encode(prompts[:batch])
+    for _ in range(args.repeat):
+        began = time.perf_counter()
+        for _ in range(-(-num // batch)):
+            teacher.vae.decode(student(eps, 0, **condition))
+        wait(device)
+        bare, before = time.perf_counter() - began, system_memory("self/status", "VmRSS")
+        with tempfile.TemporaryDirectory() as out, mock.patch.object(sample, "paint_jobs") as painting:
+            painting.side_effect = functools.partial(timed, took := [], paint_jobs)
+            options = ["--prompts", Path(out) / "prompts.txt", "--out", Path(out) / "pictures", "--batch", batch,
+                       "--precision", args.precision, "--device", device]
+            options[1].write_text("\n".join((prompts * (num // len(prompts) + 1))[:num]))
+            with mock.patch.object(sys, "argv", ["sample.py", *map(str, options)]):
+                sample.main()
+            assert len(list((Path(out) / "pictures").glob("*.png"))) == num
+        rows.append((num / took[0], num / bare, bare / took[0], system_memory("self/status", "VmRSS") - before))
+    whole, bare, ratio, _ = (statistics.median(column) for column in zip(*rows))
+    print(f"tiny's student, {num} pictures, {batch} at once in {args.precision} on {device}, medians of {args.repeat}: "
+          f"sample.py {whole:.0f} images/s, its bare networks {bare:.0f}, ratio {ratio:.3f}; memory grew by "
+          f"{rows[-1][-1] / 1e6:.0f} MB in the last")
+    return {"images/s": whole, "bare": bare, "ratio": ratio, "growth": rows[-1][-1]}
 
 
 def main():
@@ -401,7 +456,10 @@ def main():
     option("--size", type=int, help="height and width of sample or latents (default: the config's)")
     option("--repeat", type=int, default=5)
     option("--compile", action="store_true", help="also time both under torch.compile")
-    p.add_argument("--sampling", action="store_true", help="time pictures")
+    option = p.add_argument_group("pictures").add_argument
+    option("--sampling", action="store_true", help="time one step and the reference pipeline's fifty, to PNG in memory")
+    option("--decoder", help="with --sampling: the student's, as in sample.py")
+    option("--pictures", type=int, metavar="NUM", help="time sample.py on so many pictures of tiny, beside its networks")
     option = p.add_argument_group("training").add_argument
     option("--step", action="store_true", help="time whole steps")
     option("--alone", action="store_true", help="without the loop on diffusers")
@@ -424,8 +482,8 @@ def main():
         which, part = args.inner.split()
         return print(json.dumps(measure_loading(which, part, folders[part], device, dtype)))
     found = {}
-    if args.step or args.sampling:
-        found = bench_steps(args) if args.step else bench_sampling(args)
+    if args.step or args.sampling or args.pictures:
+        found = (bench_steps if args.step else bench_sampling if args.sampling else bench_pictures)(args)
     else:
         for part in args.parts or folders:
             if part not in folders:

@@ -23,8 +23,9 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import HUB, TINY, WEIGHTS, BadInput, command, find, is_embedded, read_json, write_file, write_json
-from model import guidance_sinusoid, target_slot
+from checkpoint import (HUB, TINY, WEIGHTS, BadInput, build, command, find, is_embedded, read_json, write_file,
+                        write_json)
+from model import UNet, guidance_sinusoid, target_slot
 from signal_ode import clean_prediction, noise_rates
 from student import load_student
 from teacher import PRECISION, noise, part_folder, training_prompts
@@ -169,8 +170,8 @@ def lora_error(tensors, made, student):
     x, t = teacher.schedule.sigma(i) * eps, torch.full((COMPARED,), i, device=teacher.device)
     images = []
     for weights in (tensors, made):
-        teacher.unet.load_state_dict(weights)
-        out = teacher.unet(x.float(), teacher.schedule.index(t), **condition)
+        network = build(UNet, read_json(teacher.unet_folder / "config.json"), weights, LORA).to(teacher.device)
+        out = network(x.float(), teacher.schedule.index(t), **condition)
         images.append(teacher.decode(clean_prediction(out, x, t, teacher.schedule)) * 127.5)
     error = images[0] - images[1]
     return error.square().mean().sqrt().item(), error.abs().max().item()
