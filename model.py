@@ -576,18 +576,19 @@ class TinyVAE(nn.Module):
         super().__init__()
         self.config = dict(config)
         c = self.settings = settings(config, TINY_VAE_CONFIG, lists=TINY_VAE_LISTS)
-        widths = c["decoder_block_out_channels"] + c["encoder_block_out_channels"]
-        width, self.scale = widths[0], c["scaling_factor"]
-        if set(widths) != {width}:
-            raise unsupported("decoder_block_out_channels", widths, "the same width in all blocks of both halves")
-        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.scale, conv = c["scaling_factor"], functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+        for key in TINY_VAE_LISTS[:2]:
+            if len(set(c[key])) > 1:
+                raise unsupported(key, c[key], "the same width on all levels")
 
+        width = c["encoder_block_out_channels"][0]
         encoder = [conv(3, width)]
         for level, num in enumerate(c["num_encoder_blocks"]):
             encoder += [conv(width, width, stride=2, bias=False)] if level > 0 else []
             encoder += [TinyBlock(width) for _ in range(num)]
         encoder += [conv(width, c["latent_channels"])]
 
+        width = c["decoder_block_out_channels"][0]
         decoder = [conv(c["latent_channels"], width), nn.ReLU()]
         for level, num in enumerate(c["num_decoder_blocks"]):
             decoder += [nn.Upsample(scale_factor=2), conv(width, width, bias=False)] if level > 0 else []

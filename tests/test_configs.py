@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from checkpoint import modern
+from checkpoint import TINY, modern, read_json
 from conftest import CHECKPOINTS
-from model import VAE, TextEncoder, UNet
+from model import VAE, TextEncoder, TinyVAE, UNet
 from signal_ode import Schedule
 from test_parity import diffusers, shaken, transformers
 
@@ -66,6 +66,11 @@ AUTOENCODER = {
     "norm_num_groups": [4, 3], "out_channels": [1, 4], "sample_size": [8, [32, 32]],
     "scaling_factor": [0.5, 0.13025, 1], "shift_factor": [0.0, 0.1], "use_post_quant_conv": [True, False],
     "up_block_types": [["UpDecoderBlock2D"] * 3, ["AttnUpDecoderBlock2D"] * 4], "use_quant_conv": [True, False]}
+DECODER = {
+    "_class_name": ["AutoencoderKL", "x"], "act_fn": ["gelu", "silu"], "decoder_block_out_channels": [[8] * 3, [16] * 4],
+    "encoder_block_out_channels": [[8] * 3, [8, 16, 16]], "num_decoder_blocks": [[1, 1, 1], [1] * 4],
+    "num_encoder_blocks": [[2, 1, 1], [1] * 2], "latent_channels": [3, 16], "in_channels": [1], "out_channels": [1],
+    "scaling_factor": [0.5], "shift_factor": [0.1], "upsample_fn": ["bilinear"], "upsampling_scaling_factor": [1, 3]}
 CLIP = {
     "attention_dropout": [0.1], "eos_token_id": [499], "hidden_act": [
         "quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"],
@@ -88,6 +93,9 @@ SCHEDULER = {
 
 def small(name, part):
     """A published config of a network that is small enough to be computed some hundred times."""
+    if part == "decoder":                       # tiny's, and the class's defaults, which are those of taesd
+        return read_json(TINY / "decoder" / "config.json") if name == "tiny" else {
+            "_class_name": "AutoencoderTiny", **parameters(diffusers.AutoencoderTiny)}
     config = json.loads(next((CHECKPOINTS / name / part).glob("*config.json")).read_text())
     if part in ("unet", "vae"):
         config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8}
@@ -128,6 +136,13 @@ def run_vae(theirs):
     return [posterior.mean, posterior.logvar, decoded], lambda ours: [*ours.moments(images), ours.decode(z)]
 
 
+def run_decoder(theirs):
+    """The same of a small VAE: scaled latents of images, and the images of such latents."""
+    images, z, scale = torch.rand(2, 3, 16, 16), torch.randn(2, theirs.config.latent_channels, 4, 4), theirs.scaling_factor
+    encoded, decoded = theirs.encode(images).latents * scale, theirs.decode(z / scale).sample
+    return [encoded, decoded], lambda ours: [ours.encode(images), ours.decode(z)]
+
+
 def run_text_encoder(theirs):
     """The same of a text encoder, which is told of the padding where its config asks for that, as pipelines do."""
     ids = torch.randint(theirs.config.vocab_size, (2, min(7, theirs.config.max_position_embeddings)))
@@ -164,11 +179,13 @@ def load(ours, theirs):
         return False
 
 
-OURS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "scheduler": Schedule}
-RUN = {"unet": run_unet, "vae": run_vae, "text_encoder": run_text_encoder, "scheduler": run_scheduler}
+OURS = {"unet": UNet, "vae": VAE, "decoder": TinyVAE, "text_encoder": TextEncoder, "scheduler": Schedule}
+RUN = {"unet": run_unet, "vae": run_vae, "decoder": run_decoder, "text_encoder": run_text_encoder,
+       "scheduler": run_scheduler}
 UNSEEN = {                                      # no output depends on it: the reference may be stricter about its type
     "unet": ["dropout"],                        # a frozen teacher has none
     "vae": ["sample_size"],                     # it matters to tiles only
+    "decoder": ["force_upcast", "latent_magnitude", "latent_shift"],        # they matter to its own forward only
     "text_encoder": [                           # random weights, training, the other outputs, and the library's own
         "attention_dropout", "dropout", "initializer_factor", "initializer_range", "bos_token_id", "eos_token_id",
         "pad_token_id", "projection_dim", "output_hidden_states", "return_dict", "dtype", "torch_dtype", "id2label",
@@ -244,6 +261,7 @@ UNETS = parameters(diffusers.UNet2DModel, diffusers.UNet2DConditionModel)       
 KINDS = {                                                   # part, published configs, known keys, values to try
     "text_unet": ("unet", TEXT, UNETS, TEXT_UNET), "pixel_unet": ("unet", PIXEL, UNETS, PIXEL_UNET),
     "vae": ("vae", TEXT, parameters(diffusers.AutoencoderKL), AUTOENCODER),
+    "decoder": ("decoder", ["tiny", "taesd"], parameters(diffusers.AutoencoderTiny), DECODER),
     "text_encoder": ("text_encoder", TEXT, parameters(transformers.CLIPTextConfig), CLIP),
     "scheduler": ("scheduler", TEXT + PIXEL, parameters(diffusers.DDIMScheduler, diffusers.DDPMScheduler), SCHEDULER)}
 
