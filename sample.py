@@ -58,7 +58,7 @@ def parse_args():
     option = p.add_argument_group("where to").add_argument
     option("--out", type=Path, default=Path("samples"), help="folder for the PNG files and index.jsonl, which says "
            "what they are; or the name.png of a single picture or sheet (default: %(default)s)")
-    option("--grid", action="store_true", help="also one sheet of all pictures, grid.png")
+    option("--grid", action="store_true", help="also one sheet of all pictures, grid.png; of a film a row")
     option = p.add_argument_group("machine").add_argument
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
     option("--decoder", help="folder or hub id of a small decoder of the same latents (AutoencoderTiny, such as "
@@ -119,8 +119,8 @@ def check(args, prompts, teacher, world):
         teacher.encode(prompts)                             # an unknown one is said before the first picture
     if args.num > 1 and sum(map(len, args.seed)) > 1:
         raise BadInput("--num counts on from one --seed: give one, or several without --num")
-    if args.interpolate and (args.grid or args.compare):
-        raise BadInput("--interpolate makes a film: without --grid and --compare")
+    if args.interpolate and args.compare:
+        raise BadInput("--interpolate makes a film of the student alone: without --compare")
     if world > 1 and (args.grid or args.interpolate):
         raise BadInput("--grid and --interpolate are for one process")
 
@@ -279,6 +279,8 @@ def walk(student, args, seeds, prompts, scales, about):
             "guidance": " to ".join(map(str, scales)), **about}
     save_all([(args.out / f"frame_{k:04d}.png", picture, text_chunks(said | {"place": f"{place:.4f}"}))
               for k, (picture, place) in enumerate(zip(frames, u.tolist()))])
+    if args.grid:
+        save_png(args.out / "grid.png", image_grid([frames], 96), text_chunks(said))
     first, *rest = [image_grid([[picture]], 96) for picture in frames + frames[-2:0:-1]]
     write_file(args.out / "interpolation.webp", functools.partial(
         first.save, format="WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=90))
@@ -307,16 +309,18 @@ def main():
     about = {"student": "/".join(name.parts[-2:]), "weights": student.fingerprint, "precision": args.precision,
              "decoder": args.decoder or "", "compare": args.compare or "", "refine": args.refine or ""}
     jobs = list_jobs(args.num, seeds, prompts, scales)
-    file = only_file(args, args.interpolate or len(jobs))
+    file = only_file(args, len(jobs))
     if args.interpolate:
+        if file:
+            raise BadInput(f"--out {file} is one file: --interpolate takes a folder")
         return walk(student, args, seeds, prompts, scales, about)
 
     folder = file.parent if file else args.out
     if file and not args.grid:
         jobs = [jobs[0]._replace(file=file.name)]
-    if rank == 0 and not file:
-        write_index(args.out / "index.jsonl", jobs, about)
     kept = paint_jobs(student, args, jobs, about, None if file and args.grid else folder, rank, world)
+    if rank == 0 and not file:
+        write_index(folder / "index.jsonl", jobs, about)
     if rank == 0 and len(jobs) <= FEW and not (file and args.grid):
         for job in jobs:
             print(f"{folder / job.file}  {job.prompt}")

@@ -189,7 +189,7 @@ def test_sample_writes_pictures_that_say_what_they_are(run, tmp_path):
     done = run("sample.py", "--prompt", PROMPT, "--prompt", "a blue bag on a white background", "--num", 2,
                "--seed", 5, "--grid", "--out", tmp_path)
     assert done.returncode == 0 and time.time() - began < 20, done.stderr
-    names = ["000005.png", "000006.png", "000007.png", "000008.png", "grid.png"]
+    names = ["000005.png", "000006.png", "000007.png", "000008.png", "grid.png", "index.jsonl"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     image = Image.open(tmp_path / "000005.png")
     assert image.size == (32, 32) and image.text["prompt"] == PROMPT and image.text["seed"] == "5"

@@ -93,9 +93,8 @@ SCHEDULER = {
 
 def small(name, part):
     """A published config of a network that is small enough to be computed some hundred times."""
-    if part == "decoder":                       # tiny's, and the class's defaults, which are those of taesd
-        return read_json(TINY / "decoder" / "config.json") if name == "tiny" else {
-            "_class_name": "AutoencoderTiny", **parameters(diffusers.AutoencoderTiny)}
+    if part == "decoder":
+        return read_json((TINY / "decoder" if name == "tiny" else CHECKPOINTS / name) / "config.json")
     config = json.loads(next((CHECKPOINTS / name / part).glob("*config.json")).read_text())
     if part in ("unet", "vae"):
         config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8}

@@ -232,7 +232,7 @@ def test_out_may_name_the_file_of_one_picture_or_sheet(call, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert call("sample", "--prompt", PROMPT, "--out", tmp_path / "folder.png")[0] == 0
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"new/picture.png", "two.png", "folder.png/000000.png"}
+    assert names == {"new/picture.png", "two.png", "folder.png/000000.png", "folder.png/index.jsonl"}
 
 
 def test_a_mistyped_path_is_not_asked_for_at_the_hub(call, tmp_path, monkeypatch):

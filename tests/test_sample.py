@@ -129,12 +129,12 @@ def test_an_interpolation_begins_and_ends_where_it_should_and_moves_smoothly(cal
     (("--prompt", PROMPT, "--seed", "x"), "--seed x is not supported"),
     (("--prompt", PROMPT, "--guidance", 3, 4), "--guidance 4.0 is not supported by this student"),
     (("--prompt", PROMPT, "--interpolate", 1), "--interpolate 1 is not supported: 2 to"),
-    (("--prompt", PROMPT, "--interpolate", "--grid"), "without --grid and --compare"),
+    (("--prompt", PROMPT, "--interpolate", "--compare", 4), "without --compare"),
     (("--prompt", PROMPT, "--prompt", OTHER, "--seed", 1, 2, 3, "--interpolate"), "3, 2 and 1"),
     (("--student", TINY / "pixel", "--label", "bag", "--label", "coat", "--interpolate"), "nothing between two labels"),
     (("--student", TINY / "pixel", "--label", "bag", "--decoder", TINY / "decoder"), "it needs no decoder"),
     (("--prompt", PROMPT, "--decoder", TINY / "vae"), "AutoencoderKL"),
-    (("--prompt", PROMPT, "--interpolate", 4, "--out", "film.png"), "give a folder")])
+    (("--prompt", PROMPT, "--interpolate", 4, "--out", "film.png"), "--interpolate takes a folder")])
 def test_what_can_not_be_is_one_sentence(call, options, message):
     code, _, error = call("sample", *options)
     assert code == 2 and message in error and "Traceback" not in error

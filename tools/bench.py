@@ -378,28 +378,34 @@ def bench_sampling(args):
     w = train.default("guidance", args.teacher)
     student = load_student(device=device, dtype=dtype) if args.teacher == "tiny" else new_student(teacher, 600, w)
     student.network.to(dtype)
+    decoders = {"one step": student.teacher.vae}
     if args.decoder:
         student.teacher.use_decoder(args.decoder)
+        decoders["with the small decoder"] = student.teacher.vae
     pipeline = StableDiffusionPipeline.from_pretrained(
         teacher.folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = training_prompts(teacher, None)[:batch]
-    times = {"one step": [], "fifty": []}
-    for k in range(args.repeat + 1):
-        began = time.perf_counter()
-        eps = noise(range(k * batch, (k + 1) * batch), teacher.shape).to(device)
-        latents = student(eps, 0, **student.teacher.encode(prompts))
-        one = [png(picture) for picture in to_pil(student.teacher.decode(latents))]
-        between = time.perf_counter()
-        fifty = [png(picture) for picture in pipeline(prompts, num_inference_steps=50, guidance_scale=w).images]
-        times["one step"].append(between - began)
-        times["fifty"].append(time.perf_counter() - between)
-    assert len(one) == len(fifty) == batch
-    first = 1 if args.repeat > 1 else 0                     # the first pair, which is slower, is not counted
-    found = {name: statistics.median(values[first:]) for name, values in times.items()}
-    found["ratio"] = statistics.median(b / a for a, b in list(zip(*times.values()))[first:])
-    print(f"{args.teacher}, {batch} at once in {args.precision} on {device}, medians of {args.repeat}: one step "
-          f"{found['one step']:.4f} s, the pipeline's guided fifty {found['fifty']:.4f} s, ratio {found['ratio']:.1f}")
+    times = {name: [] for name in (*decoders, "fifty")}
+    for k in range(-1, args.repeat):                        # the first round is not counted, and has no fifty
+        for name, vae in decoders.items():
+            student.teacher.vae = vae
+            began = time.perf_counter()
+            eps = noise(range(batch), teacher.shape).to(device)
+            latents = student(eps, 0, **student.teacher.encode(prompts))
+            images = [png(picture) for picture in to_pil(student.teacher.decode(latents))]
+            times[name].append(time.perf_counter() - began)
+        if k >= 0:
+            began = time.perf_counter()
+            images += [png(picture) for picture in pipeline(prompts, num_inference_steps=50, guidance_scale=w).images]
+            times["fifty"].append(time.perf_counter() - began)
+    fifty, found = times.pop("fifty"), {}
+    print(f"{args.teacher}, {batch} at once in {args.precision} on {device}, prompts to PNG in memory, medians of "
+          f"{args.repeat}: the pipeline's guided fifty {statistics.median(fifty):.4f} s")
+    for name, values in times.items():
+        found[name] = {"seconds": statistics.median(values[1:]),
+                       "ratio": statistics.median(b / a for a, b in zip(values[1:], fifty))}
+        print(f"  {name} {found[name]['seconds']:.4f} s, ratio {found[name]['ratio']:.1f}")
     return found
 
 

@@ -279,6 +279,7 @@ def parse_args():
                         "taken as it is, none skips the row (default: %(default)s)")
     p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
                    help="rows of the student refined by so many steps of the teacher")
+    p.add_argument("--decoder", help="folder or hub id of a small decoder (AutoencoderTiny), for the student's rows")
     p.add_argument("--json", type=Path,
                    help="where the figures go, and the picture beside them "
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
@@ -305,6 +306,8 @@ def main():
     measured, reference, solution = teacher_rows(evaluation, sorted(needed), args.fresh)
     rows = [measured[w, k] for k in args.steps] + best_rows(evaluation, measured, sweep, args.fresh)
     aim = measured[w, STEPS[-1]]
+    if args.decoder:
+        teacher.use_decoder(args.decoder)
     for k in (0, *args.refine):
         row, _ = evaluation.measure(evaluation.one_step(k), f"student, refined by {k}", reference, solution)
         rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": 1 + passes(k, w)} | row)

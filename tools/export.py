@@ -289,9 +289,10 @@ USE_FILE = """
 """
 
 
-def figures(folder):
+def figures(folder, teacher):
     """The student's rows and that of the teacher's fifty steps, as a table, if tools.evaluate has measured them."""
-    paths = [place / "evaluation.json" for place in (folder, folder.parent)]
+    places = (folder, folder.parent, Path("runs") / f"{Path(teacher.spec).name}-shipped")
+    paths = [place / "evaluation.json" for place in places]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return "Not measured."
@@ -346,7 +347,7 @@ def card(student, args, error):
         predicts = teacher.schedule.prediction.replace("epsilon", "eps")
         words["lora"] = f", or the teacher's there and `{LORA}` into `models/loras`" if error else ""
         lines.append(USE_FILE.format(predicts=predicts, **words))
-    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", "", figures(args.folder), ""]
+    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", "", figures(args.folder, teacher), ""]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
     python -m tools.synthesise FOLDER OUT
 
 FOLDER holds the configs in the diffusers layout and manifest.json: {file: {"tensors": {name: [dtype, shape]}}}. A pixel
-model needs none: its config says it all.
+model and a small decoder need none: their config says it all.
 For measuring at full size what has no download: loading, memory, speed, agreement with the reference library.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 from checkpoint import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
-from model import UNet
+from model import TinyVAE, UNet
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 
@@ -52,14 +52,15 @@ def write_tensors(tensors, seed, path):
 
 
 def read_manifest(source):
-    """The manifest.json of a folder, or that of its UNet2DModel, with attention's names of its time."""
+    """The manifest.json of a folder, or that of its only network, with attention's names of its time."""
     if (source / "manifest.json").exists():
         return read_json(source / "manifest.json")
     part = "unet/" if (source / "unet").is_dir() else ""
     config = read_json(source / part / "config.json")
-    if config.get("_class_name") != "UNet2DModel":
-        raise BadInput(f"{source} has no manifest.json, which only a UNet2DModel can do without")
-    shapes = {name: ["F32", list(p.shape)] for name, p in blank(UNet, config, source).state_dict().items()}
+    network = {"UNet2DModel": UNet, "AutoencoderTiny": TinyVAE}.get(config.get("_class_name"))
+    if network is None:
+        raise BadInput(f"{source} has no manifest.json, which only a UNet2DModel or AutoencoderTiny can do without")
+    shapes = {name: ["F32", list(p.shape)] for name, p in blank(network, config, source).state_dict().items()}
     for old, new in OLD_NAMES.items():
         shapes = {name.replace(f".{new}.", f".{old}."): value for name, value in shapes.items()}
     return {part + WEIGHTS: {"tensors": shapes}}
