@@ -293,7 +293,7 @@ def main():
     prompts = [readable(text) for text in args.prompt + args.label]
     prompts += read_prompts(args.prompts) if args.prompts else []
     student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
-    teacher, scales = student.teacher, [student.pick_guidance(w) for w in args.guidance or [None]]
+    teacher, scales = student.teacher, [student.pick_guidance(w) for w in dict.fromkeys(args.guidance or [None])]
     check(args, prompts, teacher, world)
     seeds = list(dict.fromkeys(seed for part in args.seed for seed in part))
     prompts = prompts or [""]                               # an unconditional teacher is told nothing

@@ -67,8 +67,9 @@ AUTOENCODER = {
     "scaling_factor": [0.5, 0.13025, 1], "shift_factor": [0.0, 0.1], "use_post_quant_conv": [True, False],
     "up_block_types": [["UpDecoderBlock2D"] * 3, ["AttnUpDecoderBlock2D"] * 4], "use_quant_conv": [True, False]}
 DECODER = {
-    "_class_name": ["AutoencoderKL", "x"], "act_fn": ["gelu", "silu"], "decoder_block_out_channels": [[8] * 3, [16] * 4],
-    "encoder_block_out_channels": [[8] * 3, [8, 16, 16]], "num_decoder_blocks": [[1, 1, 1], [1] * 4],
+    "_class_name": ["AutoencoderKL", "x"], "act_fn": ["gelu", "silu"],
+    "decoder_block_out_channels": [[8] * 3, [16] * 4], "encoder_block_out_channels": [[8] * 3, [8, 16, 16]],
+    "num_decoder_blocks": [[1, 1, 1], [1] * 4],
     "num_encoder_blocks": [[2, 1, 1], [1] * 2], "latent_channels": [3, 16], "in_channels": [1], "out_channels": [1],
     "scaling_factor": [0.5], "shift_factor": [0.1], "upsample_fn": ["bilinear"], "upsampling_scaling_factor": [1, 3]}
 CLIP = {
@@ -137,7 +138,8 @@ def run_vae(theirs):
 
 def run_decoder(theirs):
     """The same of a small VAE: scaled latents of images, and the images of such latents."""
-    images, z, scale = torch.rand(2, 3, 16, 16), torch.randn(2, theirs.config.latent_channels, 4, 4), theirs.scaling_factor
+    images, z = torch.rand(2, 3, 16, 16), torch.randn(2, theirs.config.latent_channels, 4, 4)
+    scale = theirs.config.scaling_factor
     encoded, decoded = theirs.encode(images).latents * scale, theirs.decode(z / scale).sample
     return [encoded, decoded], lambda ours: [ours.encode(images), ours.decode(z)]
 

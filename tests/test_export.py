@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from checkpoint import TINY, WEIGHTS, read_json, write_json
 from conftest import CHECKPOINTS
 from model import UNet
+from signal_ode import Schedule
 from student import load_student, new_student, save_student
 from teacher import load_teacher
+from tools.export import cut
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -110,6 +112,22 @@ def test_the_folded_student_is_the_teachers_network_and_paints_the_same(call, tm
     assert read_json(tmp_path / "x" / "unet" / "config.json") == read_json(teacher / "unet" / "config.json")
 
 
+@pytest.mark.parametrize("change", [
+    {}, {"beta_schedule": "linear", "prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"},
+    {"trained_betas": [0.001 + 0.0001 * k for k in range(100)], "num_train_timesteps": 100},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}])
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_the_schedule_ends_at_the_input_time_for_any_betas(change, share):
+    config = read_json(TINY / "scheduler" / "scheduler_config.json") | change
+    schedule = Schedule(config)
+    i = round(share * schedule.T)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(cut(config, schedule, i))
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [schedule.index(i)]
+    if schedule.alpha(i) > 0:
+        assert scheduler.sigmas[0].item() == pytest.approx((schedule.sigma(i) / schedule.alpha(i)).item(), rel=1e-4)
+
+
 def test_the_lora_of_full_rank_makes_the_teacher_the_student(call, tmp_path, fixed):
     pytest.importorskip("peft")
     printed = exported(call, tmp_path / "x", fixed, "--lora", "full")
@@ -185,7 +203,7 @@ def test_the_single_file_opens_as_the_original_does(call, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What of the hub an upload needs, for files that go into the commit itself. .files: {path: bytes} of its commits."""
+    """What of the hub an upload needs, where files go into the commit itself. .files: {path: bytes} of its commits."""
     protocol_version, files, visibility, allowed = "HTTP/1.1", {}, [], True
 
     def log_message(self, *_):

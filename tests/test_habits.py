@@ -179,6 +179,14 @@ def test_evaluation_on_a_disk_that_cannot_be_written_warns_and_goes_on(call, qui
     assert code == 2 and "can't write" in error
 
 
+def test_the_small_decoder_is_for_the_students_rows_alone(call, quick, tmp_path):
+    rows = []
+    for name, options in (("own", ()), ("small", ("--decoder", TINY / "decoder"))):
+        assert call("tools.evaluate", *quick, *options, "--json", tmp_path / f"{name}.json")[0] == 0
+        rows.append(json.loads((tmp_path / f"{name}.json").read_text())["rows"])
+    assert rows[0][0]["frechet"] == rows[1][0]["frechet"] and rows[0][-1]["frechet"] != rows[1][-1]["frechet"]
+
+
 def test_rows_of_evaluations_picture_have_names(call, quick, tmp_path):
     assert call("tools.evaluate", *quick, "--json", tmp_path / "e.json")[0] == 0
     picture = Image.open(tmp_path / "e.png")
@@ -190,7 +198,7 @@ def test_rows_of_evaluations_picture_have_names(call, quick, tmp_path):
 
 
 def test_tools_run_as_files_too(run):
-    for name in ("evaluate", "bench", "gpu", "study", "synthesise", "train_tiny"):
+    for name in ("evaluate", "export", "bench", "gpu", "study", "synthesise", "train_tiny"):
         done = run(f"tools/{name}.py", "--help")
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 

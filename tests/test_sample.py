@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from checkpoint import TINY
@@ -60,7 +61,7 @@ def test_the_same_command_skips_what_is_whole_and_paints_what_is_not(call, tmp_p
     command = ("--prompt", PROMPT, "--prompt", OTHER, "--num", 5, "--batch", 4, "--out", tmp_path)
     sample(call, *command)
     first, times = files(tmp_path), {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "000003.png").write_bytes(first["000003.png"][:-100])               # as a crash of the machine leaves it
+    (tmp_path / "000003.png").write_bytes(first["000003.png"][:-100])              # as a crash of the machine leaves it
     (tmp_path / "000008.png").unlink()
     (tmp_path / "000009.png").write_bytes(first["000001.png"])                      # another picture
     sample(call, *command)
@@ -138,6 +139,21 @@ def test_an_interpolation_begins_and_ends_where_it_should_and_moves_smoothly(cal
 def test_what_can_not_be_is_one_sentence(call, options, message):
     code, _, error = call("sample", *options)
     assert code == 2 and message in error and "Traceback" not in error
+
+
+def test_compiled_networks_paint(call, tmp_path, monkeypatch):
+    """By dynamo alone: what inductor makes of it is torch's, and takes a minute."""
+    compiled = []
+
+    def compile(function, **_):
+        compiled.append(function.__name__)
+        return original(function, backend="eager")
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    sample(call, "--prompt", PROMPT, "--out", tmp_path / "plain.png")
+    sample(call, "--prompt", PROMPT, "--compile", "--out", tmp_path / "compiled.png")
+    assert abs(pixels(tmp_path / "plain.png") - pixels(tmp_path / "compiled.png")).max() <= 1
+    assert compiled == ["_call_impl", "decode"]
 
 
 def test_the_small_decoder_paints_nearly_the_same(call, tmp_path):

@@ -368,8 +368,8 @@ def png(picture):
 
 @torch.no_grad()
 def bench_sampling(args):
-    """Print seconds from prompts to PNG files in memory: a student's one step, and the reference pipeline's guided fifty
-    of its teacher, in turn. Returns them."""
+    """Print seconds from prompts to PNG files in memory: a student's one step, and in turn the reference pipeline's
+    guided fifty of its teacher. Returns them."""
     StableDiffusionPipeline = need("diffusers").StableDiffusionPipeline
     device, dtype, batch = pick_device(args.device), PRECISION[args.precision], args.batch or 1
     teacher = load_teacher(args.teacher, device, dtype)
@@ -465,7 +465,7 @@ def main():
     option = p.add_argument_group("pictures").add_argument
     option("--sampling", action="store_true", help="time one step and the reference pipeline's fifty, to PNG in memory")
     option("--decoder", help="with --sampling: the student's, as in sample.py")
-    option("--pictures", type=int, metavar="NUM", help="time sample.py on so many pictures of tiny, beside its networks")
+    option("--pictures", type=int, metavar="NUM", help="time sample.py on so many of tiny, beside its networks")
     option = p.add_argument_group("training").add_argument
     option("--step", action="store_true", help="time whole steps")
     option("--alone", action="store_true", help="without the loop on diffusers")

@@ -46,35 +46,33 @@ def fold(network, w=None):
     """{name: tensor} of a student's network at target time 0, float32, without what a teacher has not: the embedding of
     the target time, and with w, a scale, that of guidance. Equal, but for rounding, for every input. Where guidance
     stays an input, features of it that are left out here have zeros as weights, as others know of no such rule."""
-    tensors = {name: tensor.detach().double().cpu() for name, tensor in network.state_dict().items()}
-    slot = f"{target_slot(network.settings)}_embedding"
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
+    slot, time = f"{target_slot(network.settings)}_embedding", network.time_embedding
     target = copy.deepcopy(network.get_submodule(slot)).cpu().double()
-    start = network.sinusoid(torch.zeros(1)).double()                                           # (1, c_0)
-    tensors["time_embedding.linear_2.bias"] += target(start)[0]
-    if "time_embedding.cond_proj.weight" in tensors:
-        projection, fastest = tensors.pop("time_embedding.cond_proj.weight"), network.settings["time_cond_fastest"]
-        features = guidance_sinusoid(torch.tensor([w or 0.0]), projection.shape[1], fastest).double()   # (1, c_w)
+    at_0 = target(network.sinusoid(torch.zeros(1)).double())[0]                                 # (c_emb,)
+    tensors["time_embedding.linear_2.bias"] = (time.linear_2.bias.double().cpu() + at_0).float()
+    if time.cond_proj is not None:
+        projection, fastest = time.cond_proj.weight.double().cpu(), network.settings["time_cond_fastest"]
+        features = guidance_sinusoid(torch.tensor([w or 0.0]), projection.shape[1], fastest)[0].double()     # (c_w,)
         if w is None:
-            tensors["time_embedding.cond_proj.weight"] = projection * (features != 0)           # (c_0, c_w)
+            tensors["time_embedding.cond_proj.weight"] = (projection * (features != 0)).float()         # (c_0, c_w)
         else:
-            bias, weight = (tensors[f"time_embedding.linear_1.{kind}"] for kind in ("bias", "weight"))
-            bias += weight @ projection @ features[0]
-    return {name: tensor.float() for name, tensor in tensors.items() if not name.startswith(f"{slot}.")}
+            del tensors["time_embedding.cond_proj.weight"]
+            change = time.linear_1.weight.double().cpu() @ projection @ features                        # (c_emb,)
+            tensors["time_embedding.linear_1.bias"] = (time.linear_1.bias.double().cpu() + change).float()
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{slot}.")}
 
 
 def cut(config, schedule, i):
     """The scheduler's config for one Euler step from time i, which is where its schedule ends."""
-    last = schedule.index(i)
-    kept = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type",
+    cosine, zero_snr = config.get("beta_schedule") == "squaredcos_cap_v2", config.get("rescale_betas_zero_snr")
+    kept = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas",
                                          "rescale_betas_zero_snr") if config.get(key) is not None}
-    if i < schedule.T:
-        betas, power = noise_rates(config, schedule.T)[:i], {"linear": 1.0, "scaled_linear": 0.5}
-        if config.get("trained_betas") is None and kept.get("beta_schedule", "linear") in power:
-            kept["beta_end"] = betas[last].item()
-        else:
-            kept["trained_betas"] = betas.tolist()
-    elif config.get("trained_betas") is not None:
-        kept["trained_betas"] = config["trained_betas"]
+    if i < schedule.T and not (cosine or zero_snr or "trained_betas" in kept):
+        kept["beta_end"] = noise_rates(config, schedule.T)[schedule.index(i)].item()
+    elif i < schedule.T:
+        alpha_bar = schedule.alpha(torch.arange(i + 1)) ** 2
+        kept |= {"trained_betas": (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist(), "rescale_betas_zero_snr": False}
     return {"_class_name": "EulerDiscreteScheduler", "_diffusers_version": VERSION, "num_train_timesteps": i,
             "timestep_spacing": "trailing", "steps_offset": 1, **kept}
 
@@ -347,8 +345,8 @@ def card(student, args, error):
         predicts = teacher.schedule.prediction.replace("epsilon", "eps")
         words["lora"] = f", or the teacher's there and `{LORA}` into `models/loras`" if error else ""
         lines.append(USE_FILE.format(predicts=predicts, **words))
-    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", "", figures(args.folder, teacher), ""]
-    return "\n".join(lines)
+    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", ""]
+    return "\n".join([*lines, figures(args.folder, teacher), ""])
 
 
 def push(folder, repo, private):
