@@ -6,16 +6,17 @@
     python sample.py --prompt "a green coat on a pink background" --seed 3 8 --interpolate
     torchrun --nproc_per_node=8 -- sample.py --student runs/sd21 --prompts many.txt --out samples/many
 
-The same command again skips the pictures that are there, whole.
+The same command again skips the pictures that are there, whole; sheets and films are made anew.
 """
 
 import argparse
-import collections
+import contextlib
 import functools
 import io
 import json
 import os
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +27,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from checkpoint import TINY, BadInput, command, write_file
-from signal_ode import like
+from checkpoint import TINY, BadInput, command, parsing, write_file
+from signal_ode import like, slerp
 from student import REFINE_FROM, load_student
-from teacher import (PRECISION, image_grid, noise, pick_device, read_prompts, readable, slerp, to_pil, torchrun)
+from teacher import PRECISION, image_grid, noise, pick_device, read_prompts, readable, to_pil, torchrun
 
 FEW = 64                # so many pictures or less are named one by one
-PACING = 3              # times that the pace of an interpolation is measured and mended
+MOST = 10**7            # pictures of a call
+WRITERS = max(1, (os.cpu_count() or 1) // 4)                # threads that encode PNG files beside the computation
+PACING = 3              # times that the pace of a film is measured and mended
 FRAME_MS = 60           # of a film
 
 def parse_args():
@@ -52,27 +55,27 @@ def parse_args():
     option("--refine", type=int, default=0, metavar="STEPS", help="steps of the teacher after the student's, from time "
            "T / 5 on: more detail, at two passes a step (default: %(default)s)")
     option("--compare", type=int, nargs="+", default=[], metavar="STEPS", help="the teacher's DDIM, left of it")
-    option("--interpolate", type=int, nargs="?", const=48, metavar="FRAMES", help="so many pictures on the way between "
-           "those that were asked for, whatever they differ in: --seed, prompt or --guidance; and a film of them, "
-           "interpolation.webp (default: 48, from the seed to the next one)")
+    option("--interpolate", type=int, nargs="?", const=48, metavar="FRAMES", help="so many pictures on the way from "
+           "the first of the given seeds, prompts or scales past the others to the last, and a film of them, "
+           "interpolation.webp (default: 48, from one seed to the next)")
     option = p.add_argument_group("where to").add_argument
-    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files and index.jsonl, which says "
-           "what they are; or the name.png of a single picture or sheet (default: %(default)s)")
+    option("--out", type=Path, default=Path("samples"), help="folder for the PNG files, and for index.jsonl, a line "
+           "for each; or the name.png of a single picture or sheet (default: %(default)s)")
     option("--grid", action="store_true", help="also one sheet of all pictures, grid.png; of a film a row")
     option = p.add_argument_group("machine").add_argument
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
     option("--decoder", help="folder or hub id of a small decoder of the same latents (AutoencoderTiny, such as "
            "madebyollin/taesd), for the teacher's own: most of a picture's time is in that")
-    option("--compile", action="store_true", help="torch.compile the networks: a minute or more at first")
+    option("--compile", action="store_true", help="torch.compile the networks that paint: minutes at first")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     option("--precision", choices=list(PRECISION), default="fp32", help="(default: %(default)s)")
     return p.parse_args()
 
 def seeds(text):
     """The numbers that N or LO:HI stands for."""
-    low, _, high = text.partition(":")
+    low, colon, high = text.partition(":")
     try:
-        found = range(int(low), int(high or low) + 1)
+        found = range(int(low), int(high if colon else low) + 1)
     except ValueError:
         found = range(0)
     if not found or not 0 <= found[0] <= found[-1] <= 2**62:
@@ -87,157 +90,178 @@ class Job(NamedTuple):
     guidance: float
 
 def list_jobs(num, seeds, prompts, scales):
-    """The pictures in the order of a grid: num of each prompt with seeds that count on from the only one, or one from
+    """The pictures in the order of a sheet: num of each prompt with seeds that count on from the only one, or one from
     each of several seeds; at each of the scales."""
-    rows = [[seeds[0] + n * len(prompts) + k for k in range(len(prompts))] for n in range(num)]
     if len(seeds) > 1:
         rows = [[seed] * len(prompts) for seed in seeds]
-    jobs = []
+    else:
+        rows = [range(seeds[0] + n * len(prompts), seeds[0] + (n + 1) * len(prompts)) for n in range(num)]
+    jobs, digits = [], len(str(len(prompts) - 1))
     for row in rows:
         for k, (prompt, seed) in enumerate(zip(prompts, row)):
-            which = f"-{k:0{len(str(len(prompts) - 1))}}" if len(seeds) > 1 and len(prompts) > 1 else ""
+            which = f"-{k:0{digits}}" if len(seeds) > 1 and len(prompts) > 1 else ""
             for w in scales:
-                scale = f"-w{w:g}" if len(scales) > 1 else ""
+                scale = f"-w{w}" if len(scales) > 1 else ""
                 jobs.append(Job(f"{seed:06d}{which}{scale}.png", prompt, seed, w))
     return jobs
 
-def check(args, prompts, teacher, world):
-    """Raise BadInput for options out of range or at odds, and for prompts that the teacher does not take."""
+def check_options(args, world):
+    """Raise BadInput for options that are out of range or at odds."""
+    for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
+                                     ("--interpolate", args.interpolate, 2, 9999)):
+        if value is not None and not low <= value <= high:
+            raise BadInput(f"{option} {value} is not supported: {low} to {high}")
+    if args.num > 1 and sum(map(len, args.seed)) > 1:
+        raise BadInput("--num counts on from one --seed: give one, or several without --num")
+    if args.interpolate and (args.compare or args.num > 1):
+        raise BadInput("--interpolate makes a film of the student's pictures: without --compare and --num")
+    if world > 1 and (args.grid or args.interpolate):
+        raise BadInput("--grid and --interpolate are for one process")
+    if is_file(args.out) and args.out.suffix.lower() != ".png":
+        raise BadInput(f"--out {args.out} is not supported: pictures are .png files")
+    if is_file(args.out) and args.interpolate:
+        raise BadInput(f"--out {args.out} is one file: --interpolate takes a folder")
+
+def is_file(out):
+    """Whether --out names a picture, and not a folder."""
+    return not out.is_dir() and out.suffix.lower() in Image.registered_extensions()
+
+def check_prompts(args, prompts, teacher):
+    """Raise BadInput for prompts and steps that the teacher does not take."""
     takes = f"--{teacher.takes}" if teacher.takes else "neither --prompt nor --label"
-    if (args.label and teacher.takes != "label") or (args.prompt and teacher.takes != "prompt") or (
-            prompts and teacher.takes is None):
+    wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[teacher.takes]
+    if wrong:
         raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
     if teacher.takes and not prompts:
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
-    for option, value, low, high in (("--num", args.num, 1, 10**6), ("--batch", args.batch, 1, 10**6),
-                                     ("--refine", args.refine, 0, teacher.schedule.T // REFINE_FROM),
-                                     *(("--compare", k, 1, teacher.schedule.T) for k in args.compare),
-                                     ("--interpolate", args.interpolate or 2, 2, 10**5)):
+    for option, value, low, high in (("--refine", args.refine, 0, teacher.schedule.T // REFINE_FROM),
+                                     *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
         if not low <= value <= high:
             raise BadInput(f"{option} {value} is not supported: {low} to {high}")
-    if teacher.labels:
-        teacher.encode(prompts)                             # an unknown one is said before the first picture
-    if args.num > 1 and sum(map(len, args.seed)) > 1:
-        raise BadInput("--num counts on from one --seed: give one, or several without --num")
-    if args.interpolate and args.compare:
-        raise BadInput("--interpolate makes a film of the student alone: without --compare")
-    if world > 1 and (args.grid or args.interpolate):
-        raise BadInput("--grid and --interpolate are for one process")
+    for prompt in set(prompts) if teacher.labels else ():
+        teacher.class_number(prompt)                        # an unknown one is said before the first picture
 
-def only_file(args, num):
-    """The file of the only picture or of the sheet, if --out names one, else None. Raises BadInput."""
-    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
-        return None
-    if args.out.suffix.lower() != ".png":
-        raise BadInput(f"--out {args.out} is not supported: pictures are .png files")
-    if num > 1 and not args.grid:
-        raise BadInput(f"--out {args.out} is one file, for {num} pictures: add --grid for a sheet, or give a folder")
-    return args.out
-
-def encode(texts, teacher, known):
-    """The condition of B prompts, by the names that the network takes. known: {prompt: its own}, left by the call
-    before, and then by this one: so a prompt is encoded once, as long as equal ones follow each other."""
-    new = list(dict.fromkeys(text for text in texts if text not in known))
-    encoded = teacher.encode(new) if new else {}
-    known |= {text: {name: value[k:k + 1] for name, value in encoded.items()} for k, text in enumerate(new)}
-    for text in known.keys() - set(texts):
-        del known[text]
-    return {name: torch.cat([known[text][name] for text in texts]) for name in known[texts[0]]}
-
-def paint(student, args, eps, w, condition, names):
-    """Pictures of B noises: for each the teacher's, one for every --compare, and the student's, as PIL images. w: (B,).
-    names: of the pictures, for the message about one that is not finite."""
+def paint(student, args, eps, w, condition, seeds=None):
+    """Pictures of B noises, each a list of PIL images: the teacher's, one for every --compare, and the student's.
+    w: (B,). seeds: for the message about one that is not finite."""
     teacher = student.teacher
     w = w if student.ranged else student.guidance           # a number, which may be 1: then one pass is enough
     latents = [teacher.solve(eps, teacher.schedule.grid(steps), w=w, **condition) for steps in args.compare]
     latents.append(student.refine(eps, args.refine, w=w, **condition))
-    return list(zip(*(to_pil(teacher.decode(z, names)) for z in latents)))
+    return list(zip(*(to_pil(teacher.decode(z, seeds)) for z in latents)))
 
 def text_chunks(about):
     """What a PNG file says of a picture: texts by key, as they are read again."""
     return {key: str(value).encode("utf-8", "replace").decode() for key, value in about.items()}
 
 def save_png(path, picture, texts):
-    """Write a PNG file with text chunks that say what it is; a crash leaves no part of one under its name."""
+    """Write a PNG file with text chunks that say what it is. A killed process leaves no part of one under its name, but
+    it is not waited for until it is on disk, which would take longer than the picture: `whole` looks again."""
     info, buffer, temporary = PngInfo(), io.BytesIO(), path.with_name(path.name + ".new")
     for key, value in texts.items():
         info.add_itxt(key, value)
     picture.save(buffer, format="PNG", pnginfo=info)
-    try:                                                    # not write_file, which waits until it is on disk: that
-        path.parent.mkdir(parents=True, exist_ok=True)      # takes longer than the picture, and `whole` looks again
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)               # a full disk gets its space back
         raise BadInput(f"can't write {path}: {error.strerror}") from None
 
-def save_all(files):
-    """save_png of each (path, picture, texts)."""
-    for file in files:
-        save_png(*file)
-
 def whole(path, texts):
-    """The picture in a file, if it is whole and has these text chunks, else None."""
+    """The picture in a file, if it is undamaged and depends on what these text chunks say, else None. The name of the
+    student does not matter: its weights do."""
     try:
         with Image.open(path) as picture:
+            picture.verify()                                # its checksums, which load() ignores
+        with Image.open(path) as picture:
             picture.load()
-            return picture if texts.items() <= picture.info.items() else None
-    except (OSError, SyntaxError):                          # what Pillow has for a broken file
+    except (OSError, SyntaxError, ValueError):              # what Pillow has for a broken file
         return None
+    said = picture.info | {"student": texts["student"]}
+    return picture if texts.items() <= said.items() else None
 
-def write_index(path, jobs, about):
-    """Write index.jsonl: a line for each picture of these, and for those of other calls that lie beside them."""
-    lines = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines[json.loads(line)["file"]] = line
+def read_index(path):
+    """{file: line} of an index.jsonl. Raises BadInput."""
+    if not path.exists():
+        return {}
+    with parsing(path):
+        lines = path.read_text(encoding="utf-8").split("\n")     # other separators belong to the prompt
+        return {json.loads(line)["file"]: line for line in lines if line}
+
+def write_index(path, lines, jobs, about):
+    """Write index.jsonl: a line for each picture of these, and for those of other calls that still lie beside them."""
+    lines = {name: line for name, line in lines.items() if (path.parent / name).exists()}
     lines |= {job.file: json.dumps(job._asdict() | about, ensure_ascii=False) for job in jobs}
-    write_file(path, lambda p: p.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8"))
+    text = "".join(f"{lines[name]}\n" for name in sorted(lines))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 def paint_jobs(student, args, jobs, about, folder, rank=0, world=1):
-    """Paint the jobs, or every world-th batch of them, into the folder, or with None into nothing but memory, and skip
+    """Paint the jobs, or this process's share of them, into the folder, or with None into nothing but memory, and skip
     those that are there. Returns {job: picture}, but only with --grid."""
-    teacher, kept, known, there = student.teacher, {}, {}, set()
+    teacher, kept, conditions, there = student.teacher, {}, {}, set()
     if folder and folder.is_dir():
         there = set(os.listdir(folder))
     size = min(args.batch, len(jobs))                       # the last batch is filled up: one shape, the same last bits
     order = {prompt: k for k, prompt in enumerate(dict.fromkeys(job.prompt for job in jobs))}
     jobs = sorted(jobs, key=lambda job: order[job.prompt])  # so that each prompt is encoded once
-    batches = [jobs[k:k + size] for k in range(0, len(jobs), size)][rank::world]
+    batches = [jobs[k:k + size] for k in range(0, len(jobs), size)]
+    batches = batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
     bar = tqdm(total=sum(map(len, batches)), unit=" images", disable=rank > 0 or len(batches) < 2,
                mininterval=1 if sys.stderr.isatty() else 60)
-    waiting = collections.deque()
-    with bar, ThreadPoolExecutor(1) as writer:              # encodes and writes beside the computation
+    writing = deque()
+    with bar, ThreadPoolExecutor(WRITERS) as writers:
         for batch in batches:
             texts = {job: text_chunks(job._asdict() | about) for job in batch}
             found = {job: whole(folder / job.file, texts[job]) for job in batch if job.file in there}
-            if missing := [job for job in batch if not found.get(job)]:
+            missing = [job for job in batch if not found.get(job)]
+            if missing:                                     # of the whole batch, as its last bits depend on its size
                 filled = batch + batch[-1:] * (size - len(batch))
-                numbers, w = [job.seed for job in filled], torch.tensor([job.guidance for job in filled])
-                eps, condition = noise(numbers, teacher.shape), encode([job.prompt for job in filled], teacher, known)
-                rows = paint(student, args, eps.to(teacher.device), w.to(teacher.device), condition, numbers)
-                painted = dict(zip(batch, rows))
-                new = {job: image_grid([painted[job]]) for job in missing}
-                found |= new
-                if folder:
-                    files = [(folder / job.file, picture, texts[job]) for job, picture in new.items()]
-                    waiting.append(writer.submit(save_all, files))
-            if len(waiting) > 2:
-                waiting.popleft().result()
+                seeds, w = [job.seed for job in filled], torch.tensor([job.guidance for job in filled])
+                prompts = [job.prompt for job in filled]
+                new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in conditions))
+                encoded = teacher.encode(new) if new else {}
+                conditions |= {prompt: {name: value[k] for name, value in encoded.items()}
+                               for k, prompt in enumerate(new)}
+                conditions = {prompt: conditions[prompt] for prompt in prompts}     # no others come again
+                condition = {name: torch.stack([conditions[prompt][name] for prompt in prompts])
+                             for name in conditions[prompts[0]]}
+                eps = noise(seeds, teacher.shape).to(teacher.device)
+                painted = dict(zip(batch, paint(student, args, eps, w.to(teacher.device), condition, seeds)))
+                for job in missing:
+                    found[job] = image_grid([painted[job]])
+                    if folder:
+                        writing.append(writers.submit(save_png, folder / job.file, found[job], texts[job]))
+            while len(writing) > 2 * size:
+                writing.popleft().result()
             if args.grid:
                 kept |= found
             bar.update(len(batch))
-        for written in waiting:
+        for written in writing:
             written.result()
     return kept
+
+def save_sheet(path, kept, jobs, across, about):
+    """Write the sheet of all pictures, {job: picture}, so many in a row."""
+    cells, prompts = [kept[job] for job in jobs], dict.fromkeys(job.prompt for job in jobs)
+    numbers, scales = [job.seed for job in jobs], dict.fromkeys(job.guidance for job in jobs)
+    run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    said = {"prompt": "\n".join(prompts), "guidance": " ".join(map(str, scales)),
+            "seed": f"{numbers[0]} to {numbers[-1]}" if run else " ".join(map(str, dict.fromkeys(numbers)))}
+    grid = image_grid([cells[k:k + across] for k in range(0, len(cells), across)], 96)
+    save_png(path, grid, text_chunks(said | about))
+    print(path)
 
 def between(u, eps, w, condition):
     """Noise (F, C, h, w), scale (F,) and condition at places u (F,) between corners 0, 1, ...: noise goes on a great
     circle, scale and text go straight."""
     k = u.long().clamp(max=len(eps) - 2)
     share = (u - k).float().to(eps.device)
-    text = {name: torch.lerp(c[k], c[k + 1], like(share, c[k]).to(c.dtype)) if c.is_floating_point() else c[k]
-            for name, c in condition.items()}
-    return slerp(eps[k], eps[k + 1], share), torch.lerp(w[k], w[k + 1], share), text
+    mixed = {name: torch.lerp(c[k], c[k + 1], like(share, c[k])) if c.is_floating_point() else c[k]
+             for name, c in condition.items()}
+    return slerp(eps[k], eps[k + 1], share), torch.lerp(w[k], w[k + 1], share), mixed
 
 def film(student, args, u, corners):
     """(pictures at places u between the corners, distances (F - 1,) of neighbours)."""
@@ -245,95 +269,104 @@ def film(student, args, u, corners):
     for part in u.split(args.batch):
         eps, w, condition = between(part, **corners)
         latents = student.refine(eps, args.refine, w=w if student.ranged else student.guidance, **condition)
-        names = [f"frame {len(pictures) + k}" for k in range(len(part))]
-        images = student.teacher.decode(latents, names).cpu()                                   # (B, 3, H, W)
+        images = student.teacher.decode(latents).cpu()                                          # (B, 3, H, W)
         row = images if before is None else torch.cat([before, images])
         distances += row.diff(dim=0).flatten(1).norm(dim=1).tolist()
         pictures, before = pictures + to_pil(images), images[-1:]
     return pictures, np.array(distances)
 
 def walk(student, args, seeds, prompts, scales, about):
-    """Paint --interpolate pictures on the way from the first of the seeds, prompts and scales through the others to the
+    """Paint --interpolate pictures on the way from the first of the seeds, prompts and scales past the others to the
     last, at the picture's own pace: neighbours are equally far apart. Writes them, and a film there and back."""
-    teacher = student.teacher
+    teacher, frames = student.teacher, args.interpolate
     if len(seeds) == len(prompts) == len(scales) == 1:
         seeds = [seeds[0], seeds[0] + 1]
     stops = max(len(seeds), len(prompts), len(scales))
     if {len(seeds), len(prompts), len(scales)} - {1, stops}:
         raise BadInput(f"--interpolate goes on in seeds, prompts and scales at once, but these are {len(seeds)}, "
                        f"{len(prompts)} and {len(scales)}: give as many of each, or one")
+    if stops > frames:
+        raise BadInput(f"--interpolate {frames} is not supported: {stops} or more, to pass {stops} of them")
     if teacher.labels and len(prompts) > 1:
         raise BadInput("--interpolate: there is nothing between two labels; give one, and several --seed")
-    corners = [part * stops if len(part) == 1 else part for part in (seeds, prompts, scales)]
-    corners = {"eps": noise(corners[0], teacher.shape).to(teacher.device),
-               "w": torch.tensor(corners[2], device=teacher.device), "condition": teacher.encode(corners[1])}
+    passed = [part * stops if len(part) == 1 else part for part in (seeds, prompts, scales)]
+    corners = {"eps": noise(passed[0], teacher.shape).to(teacher.device),
+               "w": torch.tensor(passed[2], device=teacher.device), "condition": teacher.encode(passed[1])}
 
-    u = torch.linspace(0, stops - 1, args.interpolate, dtype=torch.float64)
-    frames, distances = film(student, args, u, corners)
+    u = torch.linspace(0, stops - 1, frames, dtype=torch.float64)
+    pictures, distances = film(student, args, u, corners)
     for _ in range(PACING):                                 # each time closer to equal distances
         way = np.append(0.0, distances.cumsum() / max(distances.sum(), 1e-9))
-        u = torch.from_numpy(np.interp(np.linspace(0, 1, len(u)), way, u.numpy()))
-        frames, distances = film(student, args, u, corners)
+        u = torch.from_numpy(np.interp(np.linspace(0, 1, frames), way, u.numpy()))
+        pictures, distances = film(student, args, u, corners)
 
     said = {"prompt": "\n".join(prompts), "seed": " to ".join(map(str, seeds)),
             "guidance": " to ".join(map(str, scales)), **about}
-    save_all([(args.out / f"frame_{k:04d}.png", picture, text_chunks(said | {"place": f"{place:.4f}"}))
-              for k, (picture, place) in enumerate(zip(frames, u.tolist()))])
+    for old in args.out.glob("frame_[0-9][0-9][0-9][0-9].png"):         # of a longer film
+        old.unlink()
+    for k, picture in enumerate(pictures):
+        texts = text_chunks(said | {"place": f"{u[k].item():.4f} of {stops - 1}"})
+        save_png(args.out / f"frame_{k:04d}.png", picture, texts)
     if args.grid:
-        save_png(args.out / "grid.png", image_grid([frames], 96), text_chunks(said))
-    first, *rest = [image_grid([[picture]], 96) for picture in frames + frames[-2:0:-1]]
+        save_png(args.out / "grid.png", image_grid([pictures], 96), text_chunks(said))
+    first, *rest = [image_grid([[picture]], 96) for picture in pictures + pictures[-2:0:-1]]
     write_file(args.out / "interpolation.webp", functools.partial(
         first.save, format="WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=90))
     print(args.out / "interpolation.webp")
+
+def compile_networks(student, args):
+    """What paints is compiled when it is first called."""
+    student.network.compile()
+    if student.teacher.vae is not None:
+        student.teacher.vae.decode = torch.compile(student.teacher.vae.decode)
+    if args.compare or args.refine:
+        student.teacher.unet.compile()
 
 @torch.no_grad()
 def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
+    check_options(args, world)
     prompts = [readable(text) for text in args.prompt + args.label]
     prompts += read_prompts(args.prompts) if args.prompts else []
+    num = max(args.num, sum(map(len, args.seed))) * max(1, len(prompts)) * len(args.guidance or [None])
+    if num > MOST:
+        raise BadInput(f"{num} pictures are more than a call makes, {MOST}: give fewer seeds or prompts")
+    if is_file(args.out) and num > 1 and not args.grid:
+        raise BadInput(f"--out {args.out} is one file, for {num} pictures: add --grid for a sheet, or give a folder")
     student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
     teacher, scales = student.teacher, [student.pick_guidance(w) for w in dict.fromkeys(args.guidance or [None])]
-    check(args, prompts, teacher, world)
+    check_prompts(args, prompts, teacher)
     seeds = list(dict.fromkeys(seed for part in args.seed for seed in part))
     prompts = prompts or [""]                               # an unconditional teacher is told nothing
     if args.decoder:
         teacher.use_decoder(args.decoder)
     if args.compile:
-        student.network.compile()
-        if teacher.vae is not None:
-            teacher.vae.decode = torch.compile(teacher.vae.decode)
+        compile_networks(student, args)
 
     name = Path(args.student).resolve()
     name = name.parent if name.name == "student" else name
-    about = {"student": "/".join(name.parts[-2:]), "weights": student.fingerprint, "precision": args.precision,
-             "decoder": args.decoder or "", "compare": args.compare or "", "refine": args.refine or ""}
+    about = {"student": "/".join(name.parts[-2:]), "weights": student.fingerprint, "decoder": teacher.decoder or "",
+             "precision": args.precision, "compare": args.compare or "", "refine": args.refine or ""}
     jobs = list_jobs(args.num, seeds, prompts, scales)
-    file = only_file(args, len(jobs))
+    across = len(scales) if len(scales) > 1 else len(prompts)
+    across = across if across > 1 else max(1, round(len(jobs) ** 0.5))
     if args.interpolate:
-        if file:
-            raise BadInput(f"--out {file} is one file: --interpolate takes a folder")
-        return walk(student, args, seeds, prompts, scales, about)
-
-    folder = file.parent if file else args.out
-    if file and not args.grid:
-        jobs = [jobs[0]._replace(file=file.name)]
-    kept = paint_jobs(student, args, jobs, about, None if file and args.grid else folder, rank, world)
-    if rank == 0 and not file:
-        write_index(folder / "index.jsonl", jobs, about)
-    if rank == 0 and len(jobs) <= FEW and not (file and args.grid):
-        for job in jobs:
-            print(f"{folder / job.file}  {job.prompt}")
-    if args.grid:
-        across = len(scales) if len(scales) > 1 else len(prompts)
-        across = across if across > 1 else max(1, round(len(jobs) ** 0.5))
-        cells = [kept[job] for job in jobs]
-        grid = image_grid([cells[k:k + across] for k in range(0, len(cells), across)], 96)
-        texts = text_chunks({"prompt": "\n".join(prompts), "seed": f"{jobs[0].seed} to {jobs[-1].seed}",
-                             "guidance": " ".join(map(str, scales)), **about})
-        save_png(file or folder / "grid.png", grid, texts)
-        print(file or folder / "grid.png")
-    return None
+        walk(student, args, seeds, prompts, scales, about)
+    elif is_file(args.out) and args.grid:
+        save_sheet(args.out, paint_jobs(student, args, jobs, about, None), jobs, across, about)
+    elif is_file(args.out):
+        paint_jobs(student, args, [jobs[0]._replace(file=args.out.name)], about, args.out.parent)
+        print(f"{args.out}  {prompts[0]}")
+    else:
+        lines = read_index(args.out / "index.jsonl") if rank == 0 else {}
+        kept = paint_jobs(student, args, jobs, about, args.out, rank, world)
+        if rank == 0:
+            write_index(args.out / "index.jsonl", lines, jobs, about)
+            said = [f"{args.out / job.file}  {job.prompt}" for job in jobs]
+            print("\n".join(said) if len(jobs) <= FEW else f"{len(jobs)} pictures in {args.out}")
+        if args.grid:
+            save_sheet(args.out / "grid.png", kept, jobs, across, about)
 
 if __name__ == "__main__":
     command(main)

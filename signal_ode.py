@@ -112,6 +112,14 @@ def like(coefficient, x):
     coefficient = torch.as_tensor(coefficient, dtype=x.dtype, device=x.device)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
+def slerp(a, b, share):
+    """Noises (F, ...) on the way from a to b at shares (F,) of it: on the great circle through both, where they are as
+    long as noise is; straight, where a and b are the same."""
+    lengths = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    angle = ((a * b).flatten(1).sum(1) / lengths).clamp(-1, 1).acos().clamp(min=1e-3)           # (F,)
+    of_a, of_b = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
+    return like(of_a, a) * a + like(of_b, b) * b
+
 def clean_prediction(out, x_t, t, schedule):
     """f, the clean sample that a network's raw output at (x_t, t) stands for: epsilon, v or sample prediction.
     In float32 at least: an epsilon output is divided by alpha_T, 15x for Stable Diffusion and 157x for DDPM, which

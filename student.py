@@ -103,12 +103,11 @@ def new_student(teacher, input_time, guidance):
     return Student(build(UNet, config, tensors, file), teacher, input_time, guidance)
 
 def let_learn(network):
-    """Make a student's network learn; returns the parameters that do. Norms and biases stay the teacher's, which costs
-    no quality that shows: so all that it learns fits into the matrices of a LoRA (tools.export). The embeddings of time
-    and guidance do learn theirs, because these end as a constant."""
+    """Make a student's network learn, but for its norms and biases, which stay the teacher's: so all that it learns
+    fits into the matrices of a LoRA (tools.export), at no cost in quality that shows (tiny/README.md). The embeddings
+    of time and guidance learn all of theirs, because these end as a constant."""
     for name, p in network.named_parameters():
         p.requires_grad_(p.ndim > 1 or "_embedding." in name)
-    return [p for p in network.parameters() if p.requires_grad]
 
 def new_critic(student):
     """The critic of a student, which equals the unguided teacher before training. float32."""

@@ -16,13 +16,12 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import (BadInput, find, load_module, modern, open_tensors, parsing, read_json, require, resolve,
                         weight_files, weight_names)
 from model import VAE, Number, TextEncoder, TinyVAE, UNet, is_pixel, unet_settings
-from signal_ode import Schedule, clean_prediction, guide, like, solve
+from signal_ode import Schedule, clean_prediction, guide, solve
 from tokenizer import Tokenizer
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +69,7 @@ class Teacher:
     .unet, and if it sees text .vae, .text_encoder and .tokenizer: its parts. .settings: those of the U-Net's config.
     .labels: name -> number of its classes. .takes: the option of its condition, "prompt" or "label", or None if it has
     none. .uncond: the condition that guidance leads away from, or None. .spec: what load_teacher takes again.
-    .fingerprint: tells teachers apart."""
+    .fingerprint: tells teachers apart; .decoder: tells apart what decodes, None for pixels."""
 
     def __init__(self, folder, spec, device, dtype):
         self.folder, self.spec, self.device, self.dtype = folder, spec, torch.device(device), dtype
@@ -78,7 +77,7 @@ class Teacher:
         self.schedule, self.clip = read_scheduler(folder)
         config = self.settings = read_unet_config(folder)
         self.shape = (config["in_channels"], *config["sample_size"])
-        self.takes = self.vae = self.text_encoder = self.tokenizer = None
+        self.takes = self.vae = self.text_encoder = self.tokenizer = self.decoder = None
         self.labels, files = {}, weight_files(self.unet_folder)
         if not is_pixel(config):
             self.load_text_parts(config)
@@ -94,6 +93,7 @@ class Teacher:
         with parsing(self.folder / "tokenizer"):
             self.tokenizer = Tokenizer.from_folder(self.folder / "tokenizer")
         self.vae = load_module(VAE, self.folder / "vae", self.device, self.dtype)
+        self.decoder = fingerprint(weight_files(self.folder / "vae"), self.schedule, None)
         self.text_encoder = load_module(TextEncoder, self.folder / "text_encoder", self.device, self.dtype, "model")
         where, text, vocab = self.unet_folder / "config.json", self.text_encoder.settings, self.tokenizer.vocab
         channels, width, length = config["in_channels"], text["hidden_size"], text["max_position_embeddings"]
@@ -117,7 +117,7 @@ class Teacher:
                 ("latent_channels", small.settings["latent_channels"], own["latent_channels"]),
                 ("num_decoder_blocks", len(small.settings["num_decoder_blocks"]), len(own["block_out_channels"]))):
             require(value == wanted, folder / "config.json", f"the number of {key}", value, f"{wanted}, as the VAE has")
-        self.vae = small
+        self.vae, self.decoder = small, fingerprint(weight_files(folder), self.schedule, None)
 
     @functools.cached_property
     def unet(self):
@@ -332,14 +332,6 @@ def noise(seeds, shape):
     """eps (B, *shape), each sample from a generator of its own: the same in any batch, on any number of devices."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-def slerp(a, b, share):
-    """Noises (F, ...) on the way from a to b at shares (F,) of it: on the great circle through both, where they are as
-    long as noise is; straight, where a and b are the same."""
-    cos = (F.normalize(a.flatten(1)) * F.normalize(b.flatten(1))).sum(1).clamp(-1, 1)           # (F,)
-    angle = cos.acos().clamp(min=1e-3)
-    of_a, of_b = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
-    return like(of_a, a) * a + like(of_b, b) * b
 
 def to_pil(images):
     """Images (B, 3, H, W) in [-1, 1] to a list of B PIL images."""

@@ -131,7 +131,7 @@ def test_the_schedule_ends_at_the_input_time_for_any_betas(change, share):
 def test_the_lora_of_full_rank_makes_the_teacher_the_student(call, tmp_path, fixed):
     pytest.importorskip("peft")
     printed = exported(call, tmp_path / "x", fixed, "--lora", "full")
-    assert "0 at most" in printed
+    assert "; 0 at most" in printed
     expected = sampled(call, tmp_path / "own", fixed, *text_options())
     teacher = load_student(fixed).teacher.folder
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)

@@ -27,7 +27,7 @@ def files(folder):
 
 
 def index(folder):
-    return [json.loads(line) for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "index.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def sample(call, *options):
@@ -48,8 +48,13 @@ def test_seeds_are_numbers_and_ranges_and_each_prompt_is_painted_from_each(call,
 
 def test_each_prompt_is_encoded_once(call, tmp_path, monkeypatch):
     from teacher import Teacher
-    encode, seen = Teacher.encode, []
-    monkeypatch.setattr(Teacher, "encode", lambda teacher, prompts: (seen.extend(prompts), encode(teacher, prompts))[1])
+    seen = []
+
+    def encode(teacher, prompts):
+        seen.extend(prompts)
+        return original(teacher, prompts)
+    original = Teacher.encode
+    monkeypatch.setattr(Teacher, "encode", encode)
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([PROMPT, OTHER, PROMPT, "a pink dress on a blue background"]))
     sample(call, "--prompts", path, "--num", 9, "--batch", 4, "--out", tmp_path)
@@ -61,13 +66,14 @@ def test_the_same_command_skips_what_is_whole_and_paints_what_is_not(call, tmp_p
     command = ("--prompt", PROMPT, "--prompt", OTHER, "--num", 5, "--batch", 4, "--out", tmp_path)
     sample(call, *command)
     first, times = files(tmp_path), {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "000003.png").write_bytes(first["000003.png"][:-100])              # as a crash of the machine leaves it
+    (tmp_path / "000003.png").write_bytes(first["000003.png"][:-100])              # as a machine's crash leaves it,
+    (tmp_path / "000005.png").write_bytes(first["000005.png"][:-100] + bytes(100))  # or so
     (tmp_path / "000008.png").unlink()
     (tmp_path / "000009.png").write_bytes(first["000001.png"])                      # another picture
     sample(call, *command)
     assert files(tmp_path) == first
     touched = {path.name for path in tmp_path.glob("*.png") if path.stat().st_mtime_ns != times[path.name]}
-    assert touched == {"000003.png", "000008.png", "000009.png"}
+    assert touched == {"000003.png", "000005.png", "000008.png", "000009.png"}
     sample(call, "--prompt", OTHER, "--num", 2, "--out", tmp_path)                  # the same names, something else
     assert Image.open(tmp_path / "000000.png").text["prompt"] == OTHER
     assert [line["prompt"] for line in index(tmp_path)] == [OTHER, OTHER, *(2 * [PROMPT, OTHER] * 2)]
@@ -128,6 +134,11 @@ def test_an_interpolation_begins_and_ends_where_it_should_and_moves_smoothly(cal
     (("--prompt", PROMPT, "--num", 2, "--seed", 1, 2), "--num counts on from one --seed"),
     (("--prompt", PROMPT, "--seed", "5:3"), "--seed 5:3 is not supported"),
     (("--prompt", PROMPT, "--seed", "x"), "--seed x is not supported"),
+    (("--prompt", PROMPT, "--seed", "5:"), "--seed 5: is not supported"),
+    (("--prompt", PROMPT, "--seed", "0:4000000000"), "more than a call makes"),
+    (("--prompt", PROMPT, "--seed", "0:9", "--interpolate", 3), "10 or more"),
+    (("--prompt", PROMPT, "--num", 2, "--interpolate", 3), "without --compare and --num"),
+    (("--prompt", PROMPT, "--interpolate", 0), "--interpolate 0 is not supported: 2 to"),
     (("--prompt", PROMPT, "--guidance", 3, 4), "--guidance 4.0 is not supported by this student"),
     (("--prompt", PROMPT, "--interpolate", 1), "--interpolate 1 is not supported: 2 to"),
     (("--prompt", PROMPT, "--interpolate", "--compare", 4), "without --compare"),
@@ -161,4 +172,14 @@ def test_the_small_decoder_paints_nearly_the_same(call, tmp_path):
         sample(call, "--prompt", PROMPT, "--num", 8, *options, "--out", tmp_path / name)
     errors = [pixels(tmp_path / "own" / name) - pixels(tmp_path / "small" / name) for name in files(tmp_path / "own")]
     assert 0 < np.mean(np.square(errors)) ** 0.5 < 10       # of 255
-    assert Image.open(tmp_path / "small" / "000000.png").text["decoder"].endswith("tiny/decoder")
+    assert len({Image.open(tmp_path / name / "000000.png").text["decoder"] for name in ("own", "small")}) == 2
+
+
+def test_an_index_keeps_what_lies_beside_and_a_broken_one_is_said_first(call, tmp_path):
+    sample(call, "--prompt", "a bag\u2028of three", "--num", 2, "--out", tmp_path)
+    (tmp_path / "000001.png").unlink()
+    sample(call, "--prompt", PROMPT, "--seed", 5, "--out", tmp_path)
+    assert [line["file"] for line in index(tmp_path)] == ["000000.png", "000005.png"]
+    (tmp_path / "index.jsonl").write_text('{"file": "000')
+    code, _, error = call("sample", "--prompt", PROMPT, "--seed", 9, "--out", tmp_path)
+    assert code == 2 and "index.jsonl" in error and not (tmp_path / "000009.png").exists()

@@ -306,17 +306,22 @@ def main():
     measured, reference, solution = teacher_rows(evaluation, sorted(needed), args.fresh)
     rows = [measured[w, k] for k in args.steps] + best_rows(evaluation, measured, sweep, args.fresh)
     aim = measured[w, STEPS[-1]]
-    if args.decoder:
+    pictures = [evaluation.pictures(evaluation.ddim(k)) for k in STEPS]
+    timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
+    step, one, decode = map(evaluation.seconds, timed)
+    own_decode = decode
+    if args.decoder:                                        # from here on, for the student
         teacher.use_decoder(args.decoder)
+        own_decode, last_row = evaluation.seconds(timed[2]), evaluation.pictures(evaluation.one_step())
     for k in (0, *args.refine):
         row, _ = evaluation.measure(evaluation.one_step(k), f"student, refined by {k}", reference, solution)
         rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": 1 + passes(k, w)} | row)
-    timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
-    step, one, decode = map(evaluation.seconds, timed)
     one_pass = step / passes(1, w)
     for row in rows:
-        networks = row["nfe"] * one_pass if row["sampler"] == "ddim" else one + (row["nfe"] - 1) * one_pass
-        row["images_per_s"] = 1 / (decode + networks)
+        if row["sampler"] == "ddim":
+            row["images_per_s"] = 1 / (decode + row["nfe"] * one_pass)
+        else:
+            row["images_per_s"] = 1 / (own_decode + one + (row["nfe"] - 1) * one_pass)
         row["drift"] = drift(row, aim)
 
     halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))
@@ -336,9 +341,8 @@ def main():
     out = args.json or folder / "evaluation.json"
     keep = operator.call if args.json else store             # who names a file wants it
     keep(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
-                           "guidance": w, "judge": accuracy, "rows": rows})
-    pictures = [*(evaluation.pictures(evaluation.ddim(k)) for k in STEPS), last_row]
-    grid = image_grid(pictures, 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
+                           "guidance": w, "decoder": args.decoder, "judge": accuracy, "rows": rows})
+    grid = image_grid([*pictures, last_row], 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
     keep(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"))
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 

@@ -13,6 +13,7 @@ so that one step with trailing spacing begins there. README.md in the folder say
 
 import argparse
 import copy
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -132,9 +133,10 @@ def time_embedding(tensors, student):
 
 
 @torch.no_grad()
-def make_lora(tensors, student, rank):
+def make_lora(tensors, student, rank, dtype=torch.float32):
     """({name: tensor} of a LoRA that makes the teacher's network the student's, {name: tensor} of the weights that it
-    makes of the teacher's). tensors: the student's, folded. rank: 0 for the full one."""
+    makes of the teacher's). tensors: the student's, folded. rank: 0 for the full one; all matrices have the same, as
+    readers disagree about others. dtype: of the file."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
@@ -146,10 +148,10 @@ def make_lora(tensors, student, rank):
     for name, weight in own.items():
         made[name] = weight
         module = name.removesuffix(".weight")
-        if weight.ndim < 2 or module == "time_embedding.linear_1" or module == "class_embedding":
+        if weight.ndim < 2 or module == "time_embedding.linear_1":
             continue
         difference = change if module == "time_embedding.linear_2" else (tensors[name] - weight).flatten(1)
-        up, down = low_rank(difference, rank)
+        up, down = (factor.to(dtype).float() for factor in low_rank(difference, rank))
         made[name] = weight + (up @ down).view_as(weight)
         key = f"lora_unet_{module.replace('.', '_')}"
         lora[f"{key}.lora_down.weight"] = down.view(rank, *weight.shape[1:])
@@ -182,79 +184,79 @@ def save(path, tensors, dtype):
     write_file(path, lambda p: save_file(cast, p, {"format": "pt"}))
 
 
-def write_text_parts(out, student, decoder, dtype):
-    """vae/, text_encoder/, tokenizer/ beside a U-Net of text; returns their lines of model_index.json."""
-    teacher = student.teacher
-    vae_folder, vae = teacher.folder / "vae", teacher.vae
-    if decoder:
-        vae_folder, _ = find(decoder)
-        teacher.use_decoder(decoder)
-        vae = teacher.vae
-    save(out / "vae" / WEIGHTS, vae.state_dict(), dtype)
+def save_text_parts(out, teacher, vae_folder, dtype):
+    """Write vae/, text_encoder/ and tokenizer/; returns their lines of model_index.json."""
+    vae = read_json(vae_folder / "config.json")
+    save(out / "vae" / WEIGHTS, teacher.vae.state_dict(), dtype)
     save(out / "text_encoder" / "model.safetensors", teacher.text_encoder.state_dict(), dtype)
-    write_json(out / "vae" / "config.json", read_json(vae_folder / "config.json"))
+    write_json(out / "vae" / "config.json", vae)
     write_json(out / "text_encoder" / "config.json", read_json(teacher.folder / "text_encoder" / "config.json"))
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     for path in (teacher.folder / "tokenizer").iterdir():
         if path.name in TOKENIZER:
             shutil.copyfile(path, out / "tokenizer" / path.name)
-    return NEITHER | {
-        "vae": ["diffusers", "AutoencoderTiny" if decoder else "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    return NEITHER | {"vae": ["diffusers", vae["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
+                      "tokenizer": ["transformers", "CLIPTokenizer"]}
 
 
 def export(student, out, w=None, dtype=torch.float32, decoder=None, lora=None, name=None):
     """Write the student to a folder, as said at the top of this file. w: the scale that is folded into a ranged one;
-    None: it stays an input. lora: the rank of a file beside, 0 for the full one. name: of a single file beside. Returns
-    what the card says of the LoRA. Raises BadInput."""
+    None: it stays an input. decoder: the student's teacher decodes by it from now on. lora: the rank of a file beside,
+    0 for the full one. name: of a single file beside. Returns the pipeline that opens the folder, or None, and the
+    LoRA's error or None. Raises BadInput, before anything is written."""
     teacher, i = student.teacher, student.input_time
-    open_range = student.ranged and w is None
+    is_open = student.ranged and w is None
     config = read_json(teacher.unet_folder / "config.json")
-    tensors = fold(student.network, w if student.ranged else None)
-    parts = {"unet": ["diffusers", config["_class_name"]]}
-    if open_range or not teacher.text_encoder:
-        kind = "LCMScheduler" if teacher.text_encoder else "DDIMScheduler"
-        exported, scheduler = from_unit_noise(tensors, teacher.schedule, i, teacher.clip, kind)
-    else:
-        path = part_folder(teacher.folder, "scheduler") / "scheduler_config.json"
-        exported, scheduler = tensors, cut(read_json(path), teacher.schedule, i)
-    if open_range:
+    tensors, files, error = fold(student.network, w if student.ranged else None), {}, None
+    if not teacher.text_encoder:
+        pipeline = None if teacher.labels else "DDIMPipeline"           # no pipeline has a UNet2DModel of classes
+        unet, scheduler = from_unit_noise(tensors, teacher.schedule, i, teacher.clip, "DDIMScheduler")
+    elif is_open:
+        pipeline = "LatentConsistencyModelPipeline"
+        unet, scheduler = from_unit_noise(tensors, teacher.schedule, i, teacher.clip, "LCMScheduler")
         config["time_cond_proj_dim"] = student.network.config["time_cond_proj_dim"]
-    save(out / "unet" / WEIGHTS, exported, dtype)
+    else:
+        pipeline = "StableDiffusionPipeline"
+        path = part_folder(teacher.folder, "scheduler") / "scheduler_config.json"
+        unet, scheduler = tensors, cut(read_json(path), teacher.schedule, i)
+    if name:                                                            # of the teacher's own VAE
+        texts = teacher.text_encoder.state_dict()
+        files[f"{name}.safetensors"] = single_file(tensors, teacher.vae.state_dict(), texts, config)
+    vae_folder = teacher.folder / "vae"
+    if decoder:
+        vae_folder, _ = find(decoder)
+        teacher.use_decoder(decoder)
+    if lora is not None:
+        files[LORA], made = make_lora(tensors, student, lora, dtype)
+        error = lora_error(tensors, made, student)
+
+    save(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-    parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    pipeline = "DDIMPipeline"
-    if name:
-        texts = teacher.text_encoder.state_dict()
-        save(out / f"{name}.safetensors", single_file(tensors, teacher.vae.state_dict(), texts, config), dtype)
-    error = None
-    if lora is not None:
-        low, made = make_lora(tensors, student, lora)
-        save(out / LORA, low, dtype)
-        error = lora_error(tensors, made, student)
+    for file, content in files.items():
+        save(out / file, content, dtype)
+    parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if teacher.text_encoder:
-        pipeline = "LatentConsistencyModelPipeline" if open_range else "StableDiffusionPipeline"
-        parts |= write_text_parts(out, student, decoder, dtype)
-    if not teacher.labels:                                  # no pipeline has a UNet2DModel of classes
+        parts |= save_text_parts(out, teacher, vae_folder, dtype)
+    if pipeline:
         write_json(out / "model_index.json", {"_class_name": pipeline, "_diffusers_version": VERSION, **parts})
-    return error
+    return pipeline, error
 
 
 # ---------------------------------------------------------------------------------------------------------- card
 USE = {                                                     # by the pipeline that carries it, None if there is none
     "StableDiffusionPipeline": """\
-pipe = StableDiffusionPipeline.from_pretrained("{where}", torch_dtype={dtype})
-image = pipe("{prompt}", num_inference_steps=1, guidance_scale=1.0).images[0]""",
+pipe = StableDiffusionPipeline.from_pretrained({where}, torch_dtype={dtype})
+image = pipe({prompt}, num_inference_steps=1, guidance_scale=1.0).images[0]""",
     "LatentConsistencyModelPipeline": """\
-pipe = LatentConsistencyModelPipeline.from_pretrained("{where}", torch_dtype={dtype})
-image = pipe("{prompt}", num_inference_steps=1, guidance_scale={w}).images[0]""",
+pipe = LatentConsistencyModelPipeline.from_pretrained({where}, torch_dtype={dtype})
+image = pipe({prompt}, num_inference_steps=1, guidance_scale={w}).images[0]""",
     "DDIMPipeline": """\
-pipe = DDIMPipeline.from_pretrained("{where}", torch_dtype={dtype})
+pipe = DDIMPipeline.from_pretrained({where}, torch_dtype={dtype})
 image = pipe(num_inference_steps=1).images[0]""",
     None: """\
-unet = UNet2DModel.from_pretrained("{where}", subfolder="unet", torch_dtype={dtype})
-scheduler = DDIMScheduler.from_pretrained("{where}", subfolder="scheduler")
+unet = UNet2DModel.from_pretrained({where}, subfolder="unet", torch_dtype={dtype})
+scheduler = DDIMScheduler.from_pretrained({where}, subfolder="scheduler")
 scheduler.set_timesteps(1)
 eps, t = torch.randn(1, {shape}, dtype={dtype}), scheduler.timesteps[0]
 with torch.no_grad():
@@ -269,10 +271,10 @@ AUTOMATIC1111 read. Beside the student itself its pictures are {rms:.2g} of 255 
 ```python
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}", torch_dtype={dtype})
-pipe.scheduler = EulerDiscreteScheduler.from_pretrained("{where}", subfolder="scheduler")
-pipe.load_lora_weights("{where}", weight_name="{lora}")
-image = pipe("{prompt}", num_inference_steps=1, guidance_scale=1.0).images[0]
+pipe = StableDiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})
+pipe.scheduler = EulerDiscreteScheduler.from_pretrained({where}, subfolder="scheduler")
+pipe.load_lora_weights({where}, weight_name="{lora}")
+image = pipe({prompt}, num_inference_steps=1, guidance_scale=1.0).images[0]
 ```
 """
 USE_FILE = """
@@ -287,12 +289,14 @@ USE_FILE = """
 """
 
 
-def figures(folder, teacher):
-    """The student's rows and that of the teacher's fifty steps, as a table, if tools.evaluate has measured them."""
-    places = (folder, folder.parent, Path("runs") / f"{Path(teacher.spec).name}-shipped")
-    paths = [place / "evaluation.json" for place in places]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
+def figures(folder, teacher, w):
+    """The student's rows at this scale and that of the teacher's fifty steps, as a table, if tools.evaluate has left
+    them in its usual place."""
+    places = [folder, folder.parent]
+    if TINY in folder.resolve().parents:
+        places = [Path("runs") / f"{Path(teacher.spec).name}-shipped"]
+    path = next((place / "evaluation.json" for place in places if (place / "evaluation.json").exists()), None)
+    if path is None or read_json(path)["guidance"] != w or read_json(path).get("decoder"):
         return "Not measured."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
     lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
@@ -303,23 +307,27 @@ def figures(folder, teacher):
     return "\n".join(lines)
 
 
-def card(student, args, error):
+def quoted(text):
+    """A text as Python and JSON write it, for a line of code."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def card(student, args, folder, pipeline, error):
     """README.md of an exported folder: what it is, how it is used, what it can't do, its figures."""
-    teacher, i, out = student.teacher, student.input_time, args.out
-    index = out / "model_index.json"
+    teacher, i, name = student.teacher, student.input_time, args.out.resolve().name
     base = HUB[teacher.spec]["repositories"][0] if teacher.spec in HUB else teacher.spec
     base = teacher.folder if is_embedded(base) else base
-    pipeline = read_json(index)["_class_name"] if index.exists() else None
-    words = {"where": args.push or out, "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
-             "prompt": training_prompts(teacher)[0], "base": base, "w": f"{student.pick_guidance():g}",
-             "shape": ", ".join(map(str, teacher.shape)), "label": 0, "lora": LORA, "file": f"{out.name}.safetensors",
-             "rank": f"rank {args.lora}" if args.lora else "the full rank",
-             "sigma": teacher.schedule.lam(i).exp().item()}
+    w = student.pick_guidance(args.guidance)
+    words = {"where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
+             "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32", "base": quoted(base),
+             "w": f"{w:g}", "shape": ", ".join(map(str, teacher.shape)), "label": 0, "lora": LORA,
+             "file": f"{name}.safetensors", "rank": f"rank {args.lora}" if args.lora else "the full rank",
+             "sigma": min(teacher.schedule.lam(i).exp().item(), 4096)}      # which is infinity in diffusers
     imports = pipeline or "DDIMScheduler, UNet2DModel"
     lines = ["---", "library_name: diffusers", "tags: [boot, one-step, distillation]"]
     if pipeline:
         lines += [f"pipeline_tag: {'text-to-image' if teacher.text_encoder else 'unconditional-image-generation'}"]
-    lines += ["---", "", f"# {out.name}", "", f"A student of {teacher.spec} that paints in one pass of the network, "
+    lines += ["---", "", f"# {name}", "", f"A student of {teacher.spec} that paints in one pass of the network, "
               "distilled by BOOT ([2306.05544](https://arxiv.org/abs/2306.05544)) without any image.", "", "```python",
               "import torch", f"from diffusers import {imports}", "", USE[pipeline].format(**words), "```", ""]
     if pipeline == "LatentConsistencyModelPipeline":
@@ -327,7 +335,6 @@ def card(student, args, error):
         limits = [f"`guidance_scale` is w, from {lo:g} to {hi:g}: the network is told it, and makes one pass. "
                   "`StableDiffusionPipeline` opens the folder as well, and takes the same arguments."]
     elif pipeline == "StableDiffusionPipeline":
-        w = student.guidance if args.guidance is None else args.guidance
         limits = [f"The guidance scale {w:g} is built in: `guidance_scale` is 1.0, so that the pipeline adds none."]
     else:
         names = ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name)
@@ -346,7 +353,7 @@ def card(student, args, error):
         words["lora"] = f", or the teacher's there and `{LORA}` into `models/loras`" if error else ""
         lines.append(USE_FILE.format(predicts=predicts, **words))
     lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", ""]
-    return "\n".join([*lines, figures(args.folder, teacher), ""])
+    return "\n".join([*lines, figures(folder, teacher, w), ""])
 
 
 def push(folder, repo, private):
@@ -380,13 +387,15 @@ def main():
     p.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
     p.add_argument("--decoder", help="folder or hub id of an AutoencoderTiny, to stand in vae/")
     p.add_argument("--lora", type=rank, metavar="RANK", help=f"also {LORA}, the change of the teacher's weights by a "
-                   "matrix of this rank for each; `full` for all of it")
+                   "matrix of this rank for each; `full` for all of it, in a file larger than the model")
     p.add_argument("--single-file", action="store_true", help="also all in one file, under the original names")
     p.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub")
     p.add_argument("--private", action="store_true", help="with --push: for nobody else, if it is a new repository")
     args = p.parse_args()
+    if args.private and not args.push:
+        p.error("--private goes with --push")
     student = load_student(args.student, args.teacher)
-    args.folder, _ = find(args.student)
+    folder, _ = find(args.student)
     teacher, extra = student.teacher, args.lora is not None or args.single_file
     if args.guidance is not None:
         student.pick_guidance(args.guidance)
@@ -400,9 +409,9 @@ def main():
     if extra and student.ranged and args.guidance is None:
         raise BadInput(f"--lora and --single-file carry one scale: give --guidance, {student.guidance[0]} to "
                        f"{student.guidance[1]}")
-    name = args.out.name if args.single_file else None
-    error = export(student, args.out, args.guidance, PRECISION[args.precision], args.decoder, args.lora, name)
-    text = card(student, args, error)
+    name = args.out.resolve().name if args.single_file else None
+    pipeline, error = export(student, args.out, args.guidance, PRECISION[args.precision], args.decoder, args.lora, name)
+    text = card(student, args, folder, pipeline, error)
     write_file(args.out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     print(f"{args.out}: README.md there says how it is used")
     if error:

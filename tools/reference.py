@@ -41,7 +41,8 @@ class Loop:
         self.critic_network = unet().train()
         self.networks = {"network": self.network.to(self.device), "critic_network": self.critic_network.to(self.device)}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
-        self.optimizer = adam(let_learn(self.network), args.lr)
+        let_learn(self.network)
+        self.optimizer = adam([p for p in self.network.parameters() if p.requires_grad], args.lr)
         self.critic_optimizer = adam(self.critic_network.parameters(), args.critic_lr)
         self.ema = EMAModel(self.network.parameters(), decay=args.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
