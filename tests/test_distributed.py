@@ -141,7 +141,7 @@ def test_half_precision_resumes_bitwise(call, tmp_path, precision):
     assert not differences(tmp_path / "whole", tmp_path / "parts")
     if precision == "fp16":
         state = read_state(tmp_path / "whole")
-        assert state["scaler"][0] < 2**16 and state["step.conv_out.bias"] < 4 == state["critic_steps"]
+        assert state["scaler"][0] < 2**16 and state["step.conv_out.weight"] < 4 == state["critic_steps"]
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkeypatch):
