@@ -160,7 +160,7 @@ def save_png(path, picture, texts):
     info, buffer, temporary = PngInfo(), io.BytesIO(), path.with_name(path.name + ".new")
     for key, value in texts.items():
         info.add_itxt(key, value)
-    picture.save(buffer, format="PNG", pnginfo=info)
+    picture.save(buffer, format="PNG", pnginfo=info, compress_level=1)      # a tenth larger, in two thirds of the time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(buffer.getvalue())
@@ -205,7 +205,8 @@ def paint_jobs(student, args, jobs, about, folder, rank=0, world=1):
     if folder and folder.is_dir():
         there = set(os.listdir(folder))
     size = min(args.batch, len(jobs))                       # the last batch is filled up: one shape, the same last bits
-    order = {prompt: k for k, prompt in enumerate(dict.fromkeys(job.prompt for job in jobs))}
+    distinct = list(dict.fromkeys(job.prompt for job in jobs))
+    order = {prompt: k for k, prompt in enumerate(distinct)}
     jobs = sorted(jobs, key=lambda job: order[job.prompt])  # so that each prompt is encoded once
     batches = [jobs[k:k + size] for k in range(0, len(jobs), size)]
     batches = batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
@@ -220,12 +221,12 @@ def paint_jobs(student, args, jobs, about, folder, rank=0, world=1):
             if missing:                                     # of the whole batch, as its last bits depend on its size
                 filled = batch + batch[-1:] * (size - len(batch))
                 seeds, w = [job.seed for job in filled], torch.tensor([job.guidance for job in filled])
-                prompts = [job.prompt for job in filled]
-                new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in conditions))
-                encoded = teacher.encode(new) if new else {}
-                conditions |= {prompt: {name: value[k] for name, value in encoded.items()}
-                               for k, prompt in enumerate(new)}
-                conditions = {prompt: conditions[prompt] for prompt in prompts}     # no others come again
+                prompts, first = [job.prompt for job in filled], order[batch[0].prompt]
+                conditions = {prompt: c for prompt, c in conditions.items() if order[prompt] >= first}
+                if any(prompt not in conditions for prompt in prompts):             # then the next ones, too
+                    new = [prompt for prompt in distinct[first:first + 2 * size] if prompt not in conditions]
+                    for prompt, *values in zip(new, *(encoded := teacher.encode(new)).values()):
+                        conditions[prompt] = dict(zip(encoded, values))
                 condition = {name: torch.stack([conditions[prompt][name] for prompt in prompts])
                              for name in conditions[prompts[0]]}
                 eps = noise(seeds, teacher.shape).to(teacher.device)
