@@ -383,7 +383,8 @@ def bench_sampling(args):
         student.teacher.use_decoder(args.decoder)
         decoders["with the small decoder"] = student.teacher.vae
     pipeline = StableDiffusionPipeline.from_pretrained(
-        teacher.folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
+        teacher.folder, torch_dtype=dtype, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False).to(device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = training_prompts(teacher, None)[:batch]
     times = {name: [] for name in (*decoders, "fifty")}
