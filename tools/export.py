@@ -269,6 +269,7 @@ USE_LORA = """
 AUTOMATIC1111 read. Beside the student itself its pictures are {rms:.2g} of 255 off (RMS; {most:.0f} at most).
 
 ```python
+import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})
@@ -297,7 +298,7 @@ def figures(folder, teacher, w):
         places = [Path("runs") / f"{Path(teacher.spec).name}-shipped"]
     path = next((place / "evaluation.json" for place in places if (place / "evaluation.json").exists()), None)
     if path is None or read_json(path)["guidance"] != w or read_json(path).get("decoder"):
-        return "Not measured."
+        return "No evaluation.json lay beside the student: `python -m tools.evaluate` makes one."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
     lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
     for row in read_json(path)["rows"]:
@@ -339,13 +340,14 @@ def card(student, args, folder, pipeline, error):
     else:
         names = ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name)
         limits = [f"The classes are {names}."] if names else []
-    if teacher.takes:
+    if teacher.takes == "prompt":
         what = f" (it was {teacher.negative_prompt!r})" if teacher.negative_prompt else ""
         limits.append(f"A negative prompt acts in training only{what}: here it has no effect.")
     limits += ["One step, with the scheduler that is here; it was trained for nothing else.",
                "The licence is that of its teacher."]
     if teacher.takes != "label":
-        lines.append("With `generator=torch.Generator().manual_seed(N)` it is the picture of sample.py's seed N.")
+        lines.append("With `generator=torch.Generator().manual_seed(N)` it is the picture of BOOT's sample.py of seed N"
+                     f"{' to 1 of 255' if args.precision == 'fp16' else ''}.")
     if error:
         lines.append(USE_LORA.format(rms=error[0], most=error[1], **words))
     if args.single_file:
