@@ -22,7 +22,7 @@ SEED, COUNT = (int(os.environ.get(name, value)) for name, value in (("DAMAGE_SEE
 PROMPT = "a red ankle boot on a yellow background"
 VALUES = [None, True, "x", -1, 0, 1.5, 1e300, [], {}, [[]]]
 TEXTS = ["", "x", "-1", "1e3", "null", "[]", "{}", "[" * 100_000]
-NO_TEACHER = shutil.ignore_patterns("judge", "student", "evaluation", "pixel", "*.png", "*.md", "showcase.txt")
+NO_TEACHER = shutil.ignore_patterns("judge", "decoder", "student", "evaluation", "pixel", "*.png", "*.md", "showcase.txt")
 
 
 def rewrite(path, content):
