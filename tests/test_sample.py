@@ -167,6 +167,12 @@ def test_compiled_networks_paint(call, tmp_path, monkeypatch):
     assert compiled == ["_call_impl", "decode"]
 
 
+def test_bench_paints_as_many_pictures_as_it_says(call, tmp_path):
+    code, printed, error = call("tools.bench", "--pictures", 35, "--repeat", 1, "--json", tmp_path / "pictures.json")
+    found = json.loads((tmp_path / "pictures.json").read_text())
+    assert code == 0 and "35 pictures, 16 at once" in printed and 0 < found["ratio"], error
+
+
 def test_the_small_decoder_paints_nearly_the_same(call, tmp_path):
     for name, options in (("own", ()), ("small", ("--decoder", TINY / "decoder"))):
         sample(call, "--prompt", PROMPT, "--num", 8, *options, "--out", tmp_path / name)

@@ -29,13 +29,12 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-import sample
 import train
 from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
 from model import VAE, TextEncoder, UNet
 from plan import Plan
 from run import Saver, peak_memory, system_memory
-from sample import paint_jobs
+from sample import list_jobs, paint_jobs
 from student import let_learn, load_student, new_critic, new_student
 from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
 from tools.kill import read_state
@@ -410,22 +409,16 @@ def bench_sampling(args):
     return found
 
 
-def timed(took, function, *args):
-    """What a call returns; its seconds are added to the list."""
-    began = time.perf_counter()
-    result = function(*args)
-    took.append(time.perf_counter() - began)
-    return result
-
-
 @torch.no_grad()
 def bench_pictures(args):
-    """Print images a second of sample.py, from prompts to so many PNG files on disk, beside its bare networks, student
-    and decoder on the same batches, in turn. Returns them."""
+    """Print images a second of sample.py's loop, from prompts to so many PNG files on disk, beside its bare networks,
+    student and decoder on as many batches, in turn. Returns them."""
     device, batch = pick_device(args.device), args.batch or 16
     student, rows = load_student(device=device, dtype=PRECISION[args.precision]), []
     teacher, num = student.teacher, args.pictures
     prompts = training_prompts(teacher)
+    jobs = list_jobs(1, [0], (prompts * (num // len(prompts) + 1))[:num], [student.guidance])
+    options = argparse.Namespace(batch=batch, compare=[], refine=0, grid=False)
     eps, condition = noise(range(batch), teacher.shape).to(device), teacher.encode(prompts[:batch])
     for _ in range(args.repeat):
         began = time.perf_counter()
@@ -433,15 +426,12 @@ def bench_pictures(args):
             teacher.vae.decode(student(eps, 0, **condition))
         wait(device)
         bare, before = time.perf_counter() - began, system_memory("self/status", "VmRSS")
-        with tempfile.TemporaryDirectory() as out, mock.patch.object(sample, "paint_jobs") as painting:
-            painting.side_effect = functools.partial(timed, took := [], paint_jobs)
-            options = ["--prompts", Path(out) / "prompts.txt", "--out", Path(out) / "pictures", "--batch", batch,
-                       "--precision", args.precision, "--device", device]
-            options[1].write_text("\n".join((prompts * (num // len(prompts) + 1))[:num]))
-            with mock.patch.object(sys, "argv", ["sample.py", *map(str, options)]):
-                sample.main()
-            assert len(list((Path(out) / "pictures").glob("*.png"))) == num
-        rows.append((num / took[0], num / bare, bare / took[0], system_memory("self/status", "VmRSS") - before))
+        with tempfile.TemporaryDirectory() as out:
+            began = time.perf_counter()
+            paint_jobs(student, options, jobs, {"student": "tiny"}, Path(out))
+            whole = time.perf_counter() - began
+            assert len(list(Path(out).glob("*.png"))) == num
+        rows.append((num / whole, num / bare, bare / whole, system_memory("self/status", "VmRSS") - before))
     whole, bare, ratio, _ = (statistics.median(column) for column in zip(*rows))
     print(f"tiny's student, {num} pictures, {batch} at once in {args.precision} on {device}, medians of {args.repeat}: "
           f"sample.py {whole:.0f} images/s, its bare networks {bare:.0f}, ratio {ratio:.3f}; memory grew by "

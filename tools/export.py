@@ -290,15 +290,15 @@ USE_FILE = """
 """
 
 
-def figures(folder, teacher, w):
-    """The student's rows at this scale and that of the teacher's fifty steps, as a table, if tools.evaluate has left
-    them in its usual place."""
+def figures(folder, teacher, w, decoder):
+    """The student's rows at this scale and with this decoder and that of the teacher's fifty steps, as a table, if
+    tools.evaluate has left them in its usual place."""
     places = [folder, folder.parent]
     if TINY in folder.resolve().parents:
         places = [Path("runs") / f"{Path(teacher.spec).name}-shipped"]
     path = next((place / "evaluation.json" for place in places if (place / "evaluation.json").exists()), None)
-    if path is None or read_json(path)["guidance"] != w or read_json(path).get("decoder"):
-        return "No evaluation.json lay beside the student: `python -m tools.evaluate` makes one."
+    if path is None or read_json(path)["guidance"] != w or read_json(path).get("decoder") != decoder:
+        return "No evaluation.json of it lay beside the student: `python -m tools.evaluate` makes one."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
     lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
     for row in read_json(path)["rows"]:
@@ -355,7 +355,7 @@ def card(student, args, folder, pipeline, error):
         words["lora"] = f", or the teacher's there and `{LORA}` into `models/loras`" if error else ""
         lines.append(USE_FILE.format(predicts=predicts, **words))
     lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", ""]
-    return "\n".join([*lines, figures(folder, teacher, w), ""])
+    return "\n".join([*lines, figures(folder, teacher, w, args.decoder), ""])
 
 
 def push(folder, repo, private):
