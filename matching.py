@@ -1,60 +1,82 @@
-"""Distribution matching, beyond the paper: pictures as sharp and as varied as the teacher's, still without an image.
+"""Distribution matching, beyond the paper: samples as sharp and as varied as the teacher's, still without an image.
 
-Regression on a trajectory averages what the student cannot tell apart, and blurs. So that its pictures as a whole have
-the teacher's distribution, noise them, and compare two denoisers there: the teacher, which pulls towards its own
-pictures, and a critic, a second copy of the teacher that learns all along to denoise the student's pictures, and pulls
-towards those. Where they disagree, the student has too many pictures or too few.
+Regression on a trajectory averages what the student cannot tell apart, and its samples blur. Matching compares all of
+the student's samples with all of the teacher's: both are noised, and two denoisers are asked for the clean sample. One
+is the teacher, which pulls towards its own samples. The other is the critic (the "fake score network" of DMD and SiD),
+a copy of the teacher that learns all along to denoise the student's samples. Where the two denoisers disagree, the
+student makes too much or too little of something.
 
-    x           the student's picture g(eps, 0); latents, where there is a VAE
-    n, tau      fresh Gaussian noise, not eps, and a time; x_tau = alpha_tau * x + sigma_tau * n
-    f           the teacher's guided clean prediction f_w(x_tau, tau)
-    h           the critic's clean prediction h(x_tau, tau), without guidance
+    x           the student's sample g(eps, 0); a latent, where there is a VAE
+    n, tau      fresh Gaussian noise, not eps, and a time
+    x_tau       alpha_tau * x + sigma_tau * n
+    f           the teacher's clean prediction f(x_tau, tau), guided where limited_guidance says
+    h           the critic's clean prediction h(x_tau, tau), never guided
 
-How far they disagree, || f - h ||^2, is on average, up to a factor, the Fisher divergence of the noisy distributions,
-where the critic is right. It changes with the student because the critic follows the student, and that cannot be had by
-backpropagation. But (f - h) . (h - x) is zero on average for every student with its own best critic; so its gradient,
-with the critic's weights as they are, is that of 1/2 || f - h ||^2 through the best critic (SiD's identity). The other
-part of that gradient, through the place x_tau, is left out: SiD's alpha is 1, as there.
+The mean of || f - h ||^2 is, up to a factor, the Fisher divergence between the two noised distributions, provided that
+the critic is right. It depends on the student twice: through x_tau, and through the critic, which follows the student.
+We cannot differentiate through the critic's training. SiD's identity supplies that term: the mean of (f - h) . (h - x)
+is zero for every student with its own best critic, so its gradient at a fixed critic is the missing one.
 
-Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea,
-SiD (Zhou et al. 2024, 2404.04057, eq. 23 with alpha = 1) for the loss, DMD (Yin et al. 2024, 2311.18828) for its scale,
-FreeFlow (2511.19428) for doing so beside a path that is learned from noise alone. Arguments and shapes as in
-signal_ode.py; pure functions of tensors and of callables.
+Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea;
+SiD (Zhou et al. 2024, 2404.04057, eq. 23) for the loss, which has a parameter alpha, 1.2 as published and 1 here; DMD
+(Yin et al. 2024, 2311.18828) for its scale; FreeFlow (2511.19428) for matching beside a path learned from noise alone;
+Kynkaanniemi et al. 2024 (2404.07724) for limited guidance. Arguments and shapes are those of signal_ode.py.
 """
 
 import torch
 
-from signal_ode import like, noisy
+from signal_ode import add_noise, append_dims
 
-def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
-    """L_M of each sample, (B,), and h with its graph, for critic_loss. L_M's gradient is that of (f - h) . (h - x),
-    also through f and h, in units of the teacher's own error |x - f|; it reaches x alone. Its value, to be logged, is
-    || f - h ||^2 in those units.
-    teacher, critic: callables (x_t, t, **condition). clip: the bound of the teacher's predictions, if they have one; in
-    L_M those of the critic have it half as far again: what the student paints beyond has to show, and not the network's
-    error, an epsilon's times 100."""
-    leaf = x.detach().requires_grad_()                      # so that no weight has a gradient but the student's
-    x_tau = noisy(leaf, n, tau, schedule)
-    f, whole_h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
-    h = whole_h if clip is None else whole_h.clamp(-1.5 * clip, 1.5 * clip)
-    unit = like((leaf - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
-    product = ((f - h) * (h - leaf) / unit).sum()           # not the mean, whose gradient would underflow in fp16
-    with torch.autocast(x.device.type, enabled=False):      # a backward pass has the types of its forward pass
-        [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)      # h's; f's goes with f
-    divergence = ((f - h).square() / unit).detach()
-    return (divergence + gradient * (x - x.detach())).flatten(1).mean(1), whole_h
+LEAST_SIGNAL = 0.288        # alpha_tau from which on the teacher is guided: 0.7 T of Stable Diffusion, 0.5 T of DDPM
+
+
+def identity_loss(x, f, h):
+    """L_M of each sample, (B,): SiD's loss with alpha = 1, in units of the teacher's own error.
+
+        L_M = (f - h) . (h - x) / stopgrad[ mean |x - f| ]
+
+    The identity is exact for a divisor that does not depend on x given x_tau. This one depends on it a little."""
+    return ((f - h) * (h - x) / error_unit(x, f)).flatten(1).mean(1)
+
+
+def error_unit(x, f):
+    """mean |x - f| of each sample, without gradient, with the dimensions to divide samples (B, ...)."""
+    return append_dims((x - f).detach().abs().flatten(1).mean(1).clamp(min=1e-6), x)
+
 
 def critic_loss(x, h, tau, schedule):
-    """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2 in units of the network's own output, epsilon, v or sample,
-    as the teacher was trained. x: the student's pictures, without gradient; h: the critic's predictions."""
+    """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2, in units of the network's own output, epsilon, v or sample,
+    as the teacher was trained. x: the student's samples, without gradient. h: the critic's predictions of them."""
     alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
     unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
     error = (h - x).square().flatten(1).mean(1)
-    return like(unit[schedule.prediction], error) * error
+    return append_dims(unit[schedule.prediction], error) * error
 
-def limited_guidance(denoise, x_t, t, share, until, w=1.0, **condition):
-    """f(x_t, t) of a denoiser with less guidance than w, 1 + share * (w - 1), up to the time `until`, and with none at
-    noisier ones, where it costs variety (Kynkaanniemi et al. 2024, 2404.07724). t: (B,). w: (B,) or a number."""
-    if torch.is_tensor(w) or w != 1:                        # a number 1 needs no unconditional pass
-        w = torch.where(t <= until, 1 + share * (w - 1), 1.0)
+
+def limited_guidance(denoise, x_t, t, schedule, w=1.0, **condition):
+    """f(x_t, t) of a denoiser, guided by w where alpha_t >= LEAST_SIGNAL and not at all at noisier times, at which
+    guidance costs variety. t: int or (B,). w: (B,) or a number."""
+    if torch.is_tensor(w) or w != 1:                        # the number 1 needs no unconditional pass
+        w = torch.where(schedule.alpha(t) >= LEAST_SIGNAL, w, 1.0)
     return denoise(x_t, t, w=w, **condition)
+
+
+# --------------------------------------------------------------------------------- L_M, with a gradient to x alone
+def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
+    """(L_M, h): identity_loss of each sample x, (B,), whose gradient reaches x alone, and h, whose graph is kept for
+    critic_loss. A plain backward pass of identity_loss would also add L_M's gradient to the critic's weights. So the
+    gradient at x is taken here, once; it is multiplied by x below, and L_M's value is replaced by || f - h ||^2 in the
+    same units, which is what the log shows.
+    teacher, critic: callables (x_t, t, **condition). clip: the bound of the teacher's predictions, if they have one.
+    The critic is then clamped at 1.5 * clip: values of x beyond the bound must still count, but not the critic's
+    errors, which for an epsilon network are multiplied by up to 100."""
+    leaf = x.detach().requires_grad_()
+    x_tau = add_noise(leaf, n, tau, schedule)
+    f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
+    clamped = h if clip is None else h.clamp(-1.5 * clip, 1.5 * clip)
+    unit = error_unit(leaf, f)
+    product = ((f - clamped) * (clamped - leaf) / unit).sum()       # a mean's gradient would underflow in fp16
+    with torch.autocast(x.device.type, enabled=False):              # a backward pass has the types of its forward pass
+        [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
+    divergence = ((f - clamped).square() / unit).detach()
+    return (divergence + gradient * (x - x.detach())).flatten(1).mean(1), h

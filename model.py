@@ -4,7 +4,7 @@
     out = unet(x, t, text=text)                             # the raw output for noisy samples x at timestep indices t
 
 Every module carries the name that it has in the published checkpoints, so that their state dicts load as they are
-(checkpoint.load_module). Shapes: B samples, C channels, h x w pixels, N = h * w, L tokens, D the width of the text.
+(plumbing.weights.load_module). Shapes: B samples, C channels, h x w pixels, N = h * w, L tokens, D the width of the text.
 """
 
 import functools
@@ -16,54 +16,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-def fits(value, kind):
-    """Whether a config's value is of a kind: a whole number will do for float, but not True for a number."""
-    return type(value) is kind or (kind is float and type(value) is int)
+from plumbing.configs import (TEXT_CONFIG, TINY_VAE_CONFIG, TINY_VAE_LISTS, UNET_INPUTS, VAE_CONFIG, check, is_pixel,
+                              read_config, read_unet_config, target_slot)
 
-class Number:
-    """All numbers of a kind from low to high, in a list of supported values."""
-
-    def __init__(self, kind, low, high):
-        self.kind, self.low, self.high = kind, low, high
-
-    def __contains__(self, value):
-        return fits(value, self.kind) and self.low <= value <= self.high
-
-    def __repr__(self):
-        return f"a {'whole ' if self.kind is int else ''}number from {self.low} to {self.high}"
-
-FEW, COUNT, EPS = Number(int, 1, 100), Number(int, 1, 10**6), Number(float, 1e-12, 1)
-
-def is_in(value, supported):
-    """Whether a value is among the supported ones."""
-    return any(value in good if isinstance(good, Number) else value == good and fits(value, type(good))
-               for good in supported)
-
-def unsupported(key, value, wanted):
-    """The error for a config's value."""
-    return ValueError(f"{key} = {value!r} is not supported: {wanted}")
-
-def settings(config, table, either=(), lists=("block_out_channels", "down_block_types", "up_block_types")):
-    """The values of a published config by the table's keys; what else it has, the reference ignores as well.
-    table: key -> the default, `...` if there is none, and the other supported values. lists: the keys that have one
-    value a level of the network; for those named in `either` one value stands for all levels. Raises ValueError with
-    key, value and what is supported, and KeyError for what is missing."""
-    values = {}
-    for key, supported in table.items():
-        value = config.get(key, supported[0])
-        if value is ...:
-            raise KeyError(key)
-        is_list = isinstance(value, (list, tuple))
-        many = key in lists or (key in either and is_list)
-        if many and not (is_list and value and len(value) == len(config[lists[0]])):
-            raise unsupported(key, value, f"one value for each of {lists[0]}")
-        for item in value if many else [value]:
-            if not is_in(item, supported):
-                raise unsupported(key, item, ", ".join(repr(good) for good in supported if good is not ...))
-        values[key] = [value] * len(config[lists[0]]) if key in either and not many else value
-    if any(channels % values["norm_num_groups"] for channels in values.get("block_out_channels", [])):
-        raise unsupported("norm_num_groups", values["norm_num_groups"], "a divisor of all block_out_channels")
-    return values
 
 def sinusoid(t, dim, flip=False, shift=0):
     """Sinusoids of times t (B,) -> (B, dim), float32: sines, then cosines (Vaswani et al. 2017); flipped if asked."""
@@ -71,6 +26,7 @@ def sinusoid(t, dim, flip=False, shift=0):
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - shift))
     angle = t.float()[:, None] * frequency                                                  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()], 1)
+
 
 def guidance_sinusoid(w, dim, fastest=None):
     """Embedding of guidance scales w (B,) -> (B, dim), as in latent consistency models (Luo et al. 2023).
@@ -82,12 +38,14 @@ def guidance_sinusoid(w, dim, fastest=None):
     features = torch.cat([angle.sin(), angle.cos()], 1)
     return features if fastest is None else features * (1000 * frequency <= fastest).repeat(2)
 
+
 class Embedding(nn.Embedding):
     """nn.Embedding that skips its random values on the meta device: drawing them there costs a second of imports."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
             super().reset_parameters()
+
 
 class TimeEmbedding(nn.Module):
     """Sinusoids (B, c_in) to the embedding that every resnet sees, (B, c_emb); a student's may add the guidance."""
@@ -103,6 +61,7 @@ class TimeEmbedding(nn.Module):
         if guidance is not None:
             sin = sin + self.cond_proj(guidance.to(sin.dtype))
         return self.linear_2(F.silu(self.linear_1(sin)))
+
 
 class Resnet(nn.Module):
     """Two convolutions on a residual stream, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between.
@@ -133,6 +92,7 @@ class Resnet(nn.Module):
         h = self.conv2(F.silu(h))                                               # (B, c_out, h, w)
         return h + self.conv_shortcut(x)
 
+
 class Downsample(nn.Module):
     """Half the height and width, x (B, C, h, w) -> (B, C, h / 2, w / 2).
     Padding 0 stands for one pixel at the right and at the bottom, as the VAEs and the first DDPMs were trained."""
@@ -143,6 +103,7 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
 
 class Upsample(nn.Module):
     """The nearest pixel, then a convolution: x (B, C, h, w) -> (B, C, *size), or (B, C, 2 * h, 2 * w)."""
@@ -155,10 +116,12 @@ class Upsample(nn.Module):
         size = size or [2 * n for n in x.shape[2:]]
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
+
 def attend(q, k, v, heads, causal=False):
     """Multi-head attention of queries (B, N, C) to keys and values (B, L, C) -> (B, N, C)."""
     q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=heads) for z in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)")
+
 
 class Attention(nn.Module):
     """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C)."""
@@ -175,6 +138,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
+
 class PixelAttention(nn.Module):
     """Self-attention over the pixels of x (B, C, h, w), with a norm and biases of its own: the VAE's and DDPM's."""
 
@@ -190,6 +154,7 @@ class PixelAttention(nn.Module):
         h = self.to_out[0](attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))    # (B, N, C)
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])                       # (B, C, h, w)
 
+
 class GEGLU(nn.Module):
     """A linear layer gated by the GELU of its other half (Shazeer 2020), (B, N, C) -> (B, N, hidden)."""
 
@@ -200,6 +165,7 @@ class GEGLU(nn.Module):
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, -1)
         return x * F.gelu(gate)
+
 
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text and a feed-forward network, each on the residual stream x (B, N, C)."""
@@ -219,6 +185,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff.net[2](self.ff.net[0](self.norm3(x)))
 
+
 class Transformer(nn.Module):
     """A transformer over the pixels of x (B, C, h, w) that also attends to text (B, L, D) -> (B, C, h, w)."""
 
@@ -237,9 +204,11 @@ class Transformer(nn.Module):
         h = project(self.proj_out, h)
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])           # (B, C, h, w)
 
+
 def project(layer, z):
     """A linear layer (SD 2.x) or a 1x1 convolution (SD 1.x) on z (B, N, C): one product, two shapes of the weight."""
     return F.linear(z, layer.weight.flatten(1), layer.bias)
+
 
 class Block(nn.Module):
     """One resolution of a network, the unit to checkpoint, to shard and to compile. Its lists may be empty."""
@@ -250,6 +219,7 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList(downsamplers)
         self.upsamplers = nn.ModuleList(upsamplers)
+
 
 class DownBlock(Block):
     """x (B, c_in, h, w) -> (B, c_out, h / 2, w / 2), and the list of its outputs that the up blocks concatenate."""
@@ -266,6 +236,7 @@ class DownBlock(Block):
             skips.append(x)
         return x, skips
 
+
 class MidBlock(Block):
     """x (B, C, h, w) -> (B, C, h, w): resnet, attention if there is one, resnet. The VAE has no emb and no text."""
 
@@ -274,6 +245,7 @@ class MidBlock(Block):
         for attention in self.attentions:
             x = attention(x, text)
         return self.resnets[1](x, emb)
+
 
 class UpBlock(Block):
     """x (B, c_in, h, w) and a skip for each resnet -> (B, c_out, *size), the size of the block above."""
@@ -288,6 +260,7 @@ class UpBlock(Block):
             x = upsample(x, size)                                               # (B, c_out, *size)
         return x
 
+
 class VAEBlock(Block):
     """x (B, c_in, h, w) -> (B, c_out, h', w'): resnets, then the sampler if there is one, of encoder or decoder."""
 
@@ -297,65 +270,17 @@ class VAEBlock(Block):
         return x
 
 # --------------------------------------------------------------------------------------------------------- U-Net
-# What the configs may say: a default or `...`, and what else. upcast_attention may say anything, because
-# scaled_dot_product_attention sums its scores in float32 either way; dropout has no effect here.
-UNET = {
-    "_class_name": ["UNet2DConditionModel", "UNet2DModel"], "in_channels": [..., COUNT], "out_channels": [..., COUNT],
-    "block_out_channels": [..., COUNT], "layers_per_block": [2, FEW], "norm_num_groups": [32, COUNT],
-    "norm_eps": [1e-5, EPS], "act_fn": ["silu", "swish"], "center_input_sample": [False],
-    "flip_sin_to_cos": [True, False], "freq_shift": [0, Number(float, 0, 1)], "time_embedding_type": ["positional"],
-    "time_embedding_dim": [None, COUNT], "time_cond_proj_dim": [None, Number(int, 4, 10**6)],
-    "time_cond_fastest": [None, Number(float, 0, 1000)], "class_embed_type": [None, "timestep"],
-    "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
-    "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0],
-    "mid_block_scale_factor": [1.0]}
-TEXT_UNET = UNET | {                                                            # UNet2DConditionModel
-    "down_block_types": [..., "DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": [..., "UpBlock2D", "CrossAttnUpBlock2D"], "mid_block_type": ["UNetMidBlock2DCrossAttn"],
-    "cross_attention_dim": [1280, COUNT], "attention_head_dim": [8, COUNT], "num_attention_heads": [None],
-    "transformer_layers_per_block": [1, FEW], "reverse_transformer_layers_per_block": [None],
-    "use_linear_projection": [False, True], "only_cross_attention": [False], "dual_cross_attention": [False],
-    "mid_block_only_cross_attention": [None, False], "cross_attention_norm": [None], "attention_type": ["default"],
-    "addition_embed_type": [None], "encoder_hid_dim": [None], "encoder_hid_dim_type": [None],
-    "class_embeddings_concat": [False], "resnet_skip_time_act": [False], "resnet_out_scale_factor": [1.0],
-    "time_embedding_act_fn": [None], "timestep_post_act": [None], "conv_in_kernel": [3], "conv_out_kernel": [3]}
-PIXEL_UNET = UNET | {                                                           # UNet2DModel
-    "down_block_types": [..., "DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": [..., "UpBlock2D", "AttnUpBlock2D"], "mid_block_type": ["UNetMidBlock2D"],
-    "attention_head_dim": [8, None, COUNT], "add_attention": [True, False], "attn_norm_num_groups": [None, COUNT],
-    "downsample_type": ["conv"], "upsample_type": ["conv"]}
-EITHER = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "cross_attention_dim",
-          "only_cross_attention")                                               # in TEXT_UNET: one value, or a list
-UNET_INPUTS = {"cross_attention_dim": "text", "num_class_embeds": "label", "class_embed_type": "target",
-               "target_embed_type": "target", "time_cond_proj_dim": "guidance"}     # config key -> input it asks for
-
-def is_pixel(config):
-    """Whether a U-Net's config is of the DDPM family (UNet2DModel), which sees no text, and not Stable Diffusion's."""
-    return config.get("_class_name") == "UNet2DModel"
-
-def unet_settings(config):
-    """The values of a U-Net's config, see settings."""
-    c = settings(config, PIXEL_UNET) if is_pixel(config) else settings(config, TEXT_UNET, EITHER)
-    if len(set(c.get("cross_attention_dim", []))) > 1:
-        raise unsupported("cross_attention_dim", c["cross_attention_dim"], "one number, the width of the text")
-    return c
-
-def target_slot(config):
-    """What a student's embedding of the target time is called: SLOT_embedding in its weights, SLOT_embed_type in its
-    config. "class", so that diffusers opens it, or "target" where class labels have that name already."""
-    return "target" if config.get("num_class_embeds") else "class"
-
 def unet_attention(c, level, groups):
     """The attention of a level of the U-Net of settings c: over pixels, or a transformer over pixels and text."""
     channels = c["block_out_channels"][level]
     pixel, head = is_pixel(c), c["attention_head_dim"]
     head = (head or channels) if pixel else head[level]     # pixel: channels a head. text: heads, under a wrong name
-    if channels % head:
-        raise unsupported("attention_head_dim", c["attention_head_dim"], f"a divisor of {channels} channels")
+    check("attention_head_dim", c["attention_head_dim"], f"a divisor of {channels} channels", channels % head == 0)
     if pixel:
         return PixelAttention(channels, channels // head, groups, c["norm_eps"])
     return Transformer(channels, head, c["transformer_layers_per_block"][level], c["cross_attention_dim"][level],
                        groups, linear=c["use_linear_projection"])
+
 
 class UNet(nn.Module):
     """The denoiser: UNet2DConditionModel of Stable Diffusion 1.x and 2.x, or UNet2DModel of the DDPM family.
@@ -366,13 +291,13 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         pixel = is_pixel(config)
-        c = self.settings = unet_settings(config)
+        c = self.settings = read_unet_config(config)
         self.config = dict(config)
         channels, levels = c["block_out_channels"], range(len(c["block_out_channels"]))
         layers = [c["layers_per_block"] for _ in levels] if pixel else c["layers_per_block"]
         groups, eps, scale_shift = c["norm_num_groups"], c["norm_eps"], c["resnet_time_scale_shift"] == "scale_shift"
-        if channels[0] % 2:
-            raise unsupported("block_out_channels", channels, "an even first one, for sines and cosines of the time")
+        check("block_out_channels", channels, "an even first one, for sines and cosines of the time",
+              channels[0] % 2 == 0)
         c_emb = c["time_embedding_dim"] or 4 * channels[0]
         resnet = functools.partial(Resnet, c_emb=c_emb, groups=groups, eps=eps, scale_shift=scale_shift)
         self.sinusoid = functools.partial(sinusoid, dim=channels[0], flip=c["flip_sin_to_cos"], shift=c["freq_shift"])
@@ -397,8 +322,8 @@ class UNet(nn.Module):
 
         # A UNet2DModel with scale_shift has a norm in its middle attention only if attn_norm_num_groups is given.
         mid_groups = (c["attn_norm_num_groups"] or (None if scale_shift else groups)) if pixel else groups
-        if mid_groups and c_x % mid_groups:
-            raise unsupported("attn_norm_num_groups", mid_groups, f"a divisor of {c_x} channels")
+        check("attn_norm_num_groups", mid_groups, f"a divisor of {c_x} channels",
+              mid_groups is None or c_x % mid_groups == 0)
         attentions = [unet_attention(c, -1, mid_groups)] if c.get("add_attention", True) else []
         self.mid_block = MidBlock([resnet(c_x, c_x), resnet(c_x, c_x)], attentions)
 
@@ -463,14 +388,6 @@ class UNet(nn.Module):
         return block(*inputs)
 
 # ----------------------------------------------------------------------------------------------------------- VAE
-VAE_CONFIG = {
-    "_class_name": ["AutoencoderKL"], "in_channels": [3], "out_channels": [3], "latent_channels": [4, COUNT],
-    "block_out_channels": [..., COUNT], "layers_per_block": [1, FEW], "norm_num_groups": [32, COUNT],
-    "down_block_types": [..., "DownEncoderBlock2D"], "up_block_types": [..., "UpDecoderBlock2D"],
-    "act_fn": ["silu", "swish"], "scaling_factor": [0.18215, Number(float, 1e-6, 1e6)], "shift_factor": [None],
-    "latents_mean": [None], "latents_std": [None], "use_quant_conv": [True], "use_post_quant_conv": [True],
-    "mid_block_add_attention": [True]}
-
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> mean and log-variance of latents before quant_conv, (B, 2 * c_latent, h, w)."""
 
@@ -496,6 +413,7 @@ class Encoder(nn.Module):
             x = block(x)                                                        # (B, c, H / 2, W / 2)
         x = self.mid_block(x)                                                   # (B, c, h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B, 2 * c_latent, h, w)
+
 
 class Decoder(nn.Module):
     """Latents after post_quant_conv (B, c_latent, h, w) -> images (B, 3, H, W)."""
@@ -523,13 +441,14 @@ class Decoder(nn.Module):
             x = block(x)                                                        # (B, c, 2 * h, 2 * w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B, 3, H, W)
 
+
 class VAE(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, c_latent, h, w) and back (AutoencoderKL), from its config dict."""
 
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        c = self.settings = settings(config, VAE_CONFIG)
+        c = self.settings = read_config(config, VAE_CONFIG)
         self.scale, channels = c["scaling_factor"], c["latent_channels"]
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
@@ -549,14 +468,6 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype) / self.scale))
 
 # ------------------------------------------------------------------------------------------------- the small VAE
-TINY_VAE_CONFIG = {
-    "_class_name": ["AutoencoderTiny"], "in_channels": [3], "out_channels": [3], "latent_channels": [4, COUNT],
-    "decoder_block_out_channels": [..., COUNT], "encoder_block_out_channels": [..., COUNT],
-    "num_decoder_blocks": [..., FEW], "num_encoder_blocks": [..., FEW], "act_fn": ["relu"], "upsample_fn": ["nearest"],
-    "upsampling_scaling_factor": [2], "scaling_factor": [1.0, Number(float, 1e-6, 1e6)], "shift_factor": [0.0, None]}
-TINY_VAE_LISTS = (
-    "decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks")
-
 class TinyBlock(nn.Module):
     """Three convolutions on a residual stream, (B, c, h, w)."""
 
@@ -568,6 +479,7 @@ class TinyBlock(nn.Module):
     def forward(self, x):
         return F.relu(self.conv(x) + x)
 
+
 class TinyVAE(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, c_latent, h, w) and back, as VAE does it, in a fraction of the time
     (AutoencoderTiny: TAESD, by O. Boer Bohan), from its config dict."""
@@ -575,11 +487,10 @@ class TinyVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        c = self.settings = settings(config, TINY_VAE_CONFIG, lists=TINY_VAE_LISTS)
+        c = self.settings = read_config(config, TINY_VAE_CONFIG, lists=TINY_VAE_LISTS)
         self.scale, conv = c["scaling_factor"], functools.partial(nn.Conv2d, kernel_size=3, padding=1)
         for key in TINY_VAE_LISTS[:2]:
-            if len(set(c[key])) > 1:
-                raise unsupported(key, c[key], "the same width on all levels")
+            check(key, c[key], "the same width on all levels", len(set(c[key])) == 1)
 
         width = c["encoder_block_out_channels"][0]
         encoder = [conv(3, width)]
@@ -607,12 +518,6 @@ class TinyVAE(nn.Module):
         return self.decoder["layers"](torch.tanh(z / 3) * 3) * 2 - 1
 
 # -------------------------------------------------------------------------------------------------- text encoder
-TEXT_CONFIG = {
-    "model_type": ["clip_text_model"], "hidden_act": ["quick_gelu", "gelu"], "use_attention_mask": [False, None],
-    "hidden_size": [..., COUNT], "intermediate_size": [..., COUNT], "num_hidden_layers": [..., FEW],
-    "num_attention_heads": [..., COUNT], "vocab_size": [..., COUNT], "max_position_embeddings": [..., COUNT],
-    "layer_norm_eps": [1e-5, EPS]}
-
 class TextLayer(nn.Module):
     """Causal attention and a feed-forward network on the residual stream x (B, L, D), each after a norm."""
 
@@ -636,16 +541,16 @@ class TextLayer(nn.Module):
         h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)      # (B, L, hidden)
         return x + self.mlp["fc2"](h)                                           # (B, L, D)
 
+
 class TextEncoder(nn.Module):
     """CLIP's text transformer (CLIPTextModel), from its config dict: token ids (B, L) -> hidden states (B, L, D)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        config = self.settings = settings(config, TEXT_CONFIG)
+        config = self.settings = read_config(config, TEXT_CONFIG)
         width, heads = config["hidden_size"], config["num_attention_heads"]
-        if width % heads:
-            raise unsupported("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+        check("num_attention_heads", heads, f"a divisor of hidden_size, {width}", width % heads == 0)
         model = self.text_model = nn.Module()
         model.embeddings = nn.ModuleDict({
             "token_embedding": Embedding(config["vocab_size"], width),

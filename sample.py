@@ -27,10 +27,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from checkpoint import TINY, BadInput, command, parsing, write_file
-from signal_ode import like, slerp
+from plumbing.files import BadInput, command, parsing, write_file
+from plumbing.hub import TINY
+from REMOVED import slerp
+from signal_ode import append_dims
 from student import REFINE_FROM, load_student
-from teacher import PRECISION, image_grid, noise, pick_device, read_prompts, readable, to_pil, torchrun
+from plumbing.images import image_grid, noise, to_pil
+from plumbing.processes import PRECISION, pick_device, torchrun
+from plumbing.prompts import read_prompts, readable
 
 FEW = 64                # so many pictures or less are named one by one
 MOST = 10**7            # pictures of a call
@@ -128,11 +132,11 @@ def is_file(out):
 
 def check_prompts(args, prompts, teacher):
     """Raise BadInput for prompts and steps that the teacher does not take."""
-    takes = f"--{teacher.takes}" if teacher.takes else "neither --prompt nor --label"
-    wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[teacher.takes]
+    takes = f"--{teacher.condition_type}" if teacher.condition_type else "neither --prompt nor --label"
+    wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[teacher.condition_type]
     if wrong:
         raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
-    if teacher.takes and not prompts:
+    if teacher.condition_type and not prompts:
         raise BadInput(f"nothing to paint: give {takes} TEXT, or --prompts FILE with one a line")
     for option, value, low, high in (("--refine", args.refine, 0, teacher.schedule.T // REFINE_FROM),
                                      *(("--compare", k, 1, teacher.schedule.T) for k in args.compare)):
@@ -260,7 +264,7 @@ def between(u, eps, w, condition):
     circle, scale and text go straight."""
     k = u.long().clamp(max=len(eps) - 2)
     share = (u - k).float().to(eps.device)
-    mixed = {name: torch.lerp(c[k], c[k + 1], like(share, c[k])) if c.is_floating_point() else c[k]
+    mixed = {name: torch.lerp(c[k], c[k + 1], append_dims(share, c[k])) if c.is_floating_point() else c[k]
              for name, c in condition.items()}
     return slerp(eps[k], eps[k + 1], share), torch.lerp(w[k], w[k + 1], share), mixed
 

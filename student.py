@@ -1,8 +1,8 @@
-"""The student g(eps, t): how it starts as its teacher's copy, how it is called, how it is saved and read; its critic.
+"""The student g(eps, t): how it starts as its teacher's copy, how it is called, saved and loaded; and its critic.
 
     student = load_student("runs/tiny")
     condition = student.teacher.encode(["a red ankle boot on a yellow background"])
-    images = student.teacher.decode(student(eps, 0, **condition))               # one forward pass, one picture
+    images = student.teacher.decode(student(eps, 0, **condition))               # one forward pass, one image
 """
 
 from pathlib import Path
@@ -10,19 +10,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import (TINY, WEIGHTS, BadInput, build, find, load_module, read_json, read_tensors, require, resolve,
-                        weight_files, write_file, write_json)
-from model import Number, UNet, target_slot
+from model import UNet
+from plumbing.configs import Number, check, target_slot
+from plumbing.files import BadInput, parsing, read_json, write_file, write_json
+from plumbing.hub import TINY, find, resolve
+from plumbing.layout import fingerprint
+from plumbing.weights import WEIGHTS, build, load_module, read_tensors, weight_files
 from signal_ode import clean_prediction, student_signal
-from teacher import Teacher, fingerprint
+from teacher import Teacher
 
 REFINE_FROM = 5         # the teacher refines from time T / 5 on: found by trial
 FASTEST = 2.0           # radians that a feature of the guidance scale may turn from w to w + 1
 
+
 class Student:
     """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
     input_time: the fixed time i at which it reads its noise. guidance: the scale w that is built in, or a range
-    [lo, hi] of scales that can be asked for. fingerprint: tells trained ones apart, where it was read from a file.
+    [lo, hi] of scales that can be asked for. fingerprint: tells trained students apart; None before training.
     Raises BadInput for guidance of a teacher that can't be guided."""
 
     def __init__(self, network, teacher, input_time, guidance, fingerprint=None):
@@ -30,7 +34,7 @@ class Student:
         self.fingerprint = fingerprint
         self.ranged = isinstance(guidance, list)
         if teacher.uncond is None and guidance != 1:
-            raise BadInput(f"teacher {teacher.spec} knows no empty condition to lead away from: --guidance 1")
+            raise BadInput(f"teacher {teacher.spec} has no empty condition to lead away from: --guidance 1")
 
     def __call__(self, eps, t, w=None, **condition):
         """The signal y_t (B, C, h, w) of noise eps at target times t, int or (B,), 0..T; 0 is the clean end.
@@ -40,20 +44,20 @@ class Student:
             condition["guidance"] = torch.as_tensor(w, device=eps.device).expand(len(eps))
         return student_signal(self.output, eps, t, self.input_time, self.teacher.schedule, **condition)
 
+    def output(self, x_i, i, t, **condition):
+        """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""
+        timestep = torch.full((len(x_i),), self.teacher.schedule.timestep(i), device=x_i.device)
+        return self.network(x_i, timestep, target=t, **condition)
+
     def refine(self, eps, steps, w=None, **condition):
-        """The picture g(eps, 0), (B, C, h, w), with its own eps noised again to time T / 5, and brought back by so many
-        of the teacher's steps, Euler's, on the trajectory of eps. Not g(eps, T / 5): only the picture is matched.
-        w: the scale of the teacher's steps, and of a ranged student."""
+        """The sample g(eps, 0), (B, C, h, w), noised again with its own eps to time T / 5, and brought back by so many
+        Euler steps of the teacher on the trajectory of eps. It starts from g(eps, 0) and not from g(eps, T / 5),
+        because only the former is matched. w: the scale of the teacher's steps, and of a ranged student."""
         x = self(eps, 0, w=w, **condition)
         if steps == 0:
             return x
         grid = self.teacher.schedule.grid(REFINE_FROM * steps)[-1 - steps:]         # its last part, from T / 5 to 0
         return self.teacher.solve(eps, grid, space="y", start=x, w=w, **condition)
-
-    def output(self, x_i, i, t, **condition):
-        """The network's raw output (B, C, h, w) at the input time i, told the target times t (B,)."""
-        index = torch.full((len(x_i),), self.teacher.schedule.index(i), device=x_i.device)
-        return self.network(x_i, index, target=t, **condition)
 
     def pick_guidance(self, w=None):
         """w if this student was trained for it, or BadInput. None: the scale built in, or the middle of its range."""
@@ -63,9 +67,10 @@ class Student:
             raise BadInput(f"--guidance {w} is not supported by this student: {allowed}")
         return (lo + hi) / 2 if w is None else w
 
+
 class Critic:
-    """h(x_t, t), the denoiser of the student's own pictures that matching.py compares with the teacher: a network like
-    the teacher's, and for a range of guidance told w as the student is."""
+    """h(x_t, t), the denoiser of the student's own samples that matching.py compares with the teacher: a network like
+    the teacher's. For a range of guidance it is told w, as the student is."""
 
     def __init__(self, network, student):
         self.network, self.teacher, self.ranged = network, student.teacher, student.ranged
@@ -75,8 +80,10 @@ class Critic:
         if self.ranged:
             condition["guidance"] = w
         schedule = self.teacher.schedule
-        return clean_prediction(self.network(x_t, schedule.index(t), **condition), x_t, t, schedule)
+        return clean_prediction(self.network(x_t, schedule.timestep(t), **condition), x_t, t, schedule)
 
+
+# -------------------------------------------------------------------------------------------------- before training
 def teacher_weights(teacher, guidance):
     """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range
     of guidance it also has a projection of w's embedding, which is zero."""
@@ -90,10 +97,11 @@ def teacher_weights(teacher, guidance):
         tensors["time_embedding.cond_proj.weight"] = zeros
     return config, tensors, files[0]
 
+
 def new_student(teacher, input_time, guidance):
-    """A student that equals its teacher before training: g(eps, t) = f(sigma_i * eps, i), for every t and w. float32.
-    It has the teacher's weights and an embedding of the target time: a copy of the teacher's time embedding whose last
-    layer is zero."""
+    """A student that equals its teacher before training, float32. It has the teacher's weights and an embedding of the
+    target time, which is a copy of the teacher's time embedding with a last layer of zeros. So g(eps, t) is the
+    teacher's prediction of sigma_i * eps at i, neither guided nor clipped, for every t and w."""
     config, tensors, file = teacher_weights(teacher, guidance)
     slot = target_slot(config)
     config[f"{slot}_embed_type"] = "timestep"
@@ -102,17 +110,21 @@ def new_student(teacher, input_time, guidance):
         tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
     return Student(build(UNet, config, tensors, file), teacher, input_time, guidance)
 
-def let_learn(network):
-    """Make a student's network learn, but for its norms and biases, which stay the teacher's: so all that it learns
-    fits into the matrices of a LoRA (tools.export), at no cost in quality that shows (tiny/README.md). The embeddings
-    of time and guidance learn all of theirs, because these end as a constant."""
+
+def set_trainable(network):
+    """Choose what of a student's network learns: all but its norms and biases, which stay the teacher's. So all that it
+    learns fits into the matrices of a LoRA (tools.export), at no cost in quality that shows (tiny/README.md). The
+    embeddings of time and guidance learn all of theirs, because each of them ends as one constant vector."""
     for name, p in network.named_parameters():
         p.requires_grad_(p.ndim > 1 or "_embedding." in name)
+
 
 def new_critic(student):
     """The critic of a student, which equals the unguided teacher before training. float32."""
     return Critic(build(UNet, *teacher_weights(student.teacher, student.guidance)), student)
 
+
+# ------------------------------------------------------------------------------------------------------ the folder
 def save_student(folder, student, tensors=None, dtype=torch.float32, **metadata):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
     what this code needs to call the student. tensors: its weights, where they are not those that the network has now.
@@ -126,20 +138,26 @@ def save_student(folder, student, tensors=None, dtype=torch.float32, **metadata)
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
     write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt", **metadata}))
 
+
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
     """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
-    teacher: a name or folder, replaces the one it names. Raises BadInput if the folder holds no student, or one of
-    another teacher."""
+    teacher: a name or folder, instead of the one that the student names. Raises BadInput if the folder holds no
+    student, or one of another teacher."""
     folder, _ = find(folder)
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
-    if not (folder / "student.json").exists():
-        raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
     path = folder / "student.json"
+    if not path.exists():
+        raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
     info = read_json(path)
-    if missing := {"teacher", "fingerprint", "input_time", "guidance", "negative_prompt"} - set(info):
-        raise BadInput(f"{path} has no {', '.join(sorted(missing))}")
-    for key in ("teacher", "fingerprint", "negative_prompt"):
-        require(isinstance(info[key], str), path, key, info[key], "a text")
+    with parsing(path):
+        for key in ("teacher", "fingerprint", "negative_prompt"):
+            check(key, info[key], "a text", isinstance(info[key], str))
+        w, i = info["guidance"], info["input_time"]
+        scales = w if isinstance(w, list) else [w, w]
+        for scale in scales:
+            check("guidance", scale, [Number(float, -1e4, 1e4)])
+        check("guidance", w, "a number, or a list of the lowest and the highest",
+              len(scales) == 2 and scales[0] <= scales[1])
     try:
         teacher = Teacher(*resolve(teacher or info["teacher"]), device, dtype)
     except BadInput as error:
@@ -148,23 +166,21 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
         raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: "
                        f"fingerprint {info['fingerprint']}, not {teacher.fingerprint}")
     teacher.set_negative_prompt(info["negative_prompt"])
-    w, i, times = info["guidance"], info["input_time"], Number(int, 1, teacher.schedule.T)
-    scales, good = w if isinstance(w, list) else [w, w], Number(float, -1e4, 1e4)
-    require(len(scales) == 2 and all(scale in good for scale in scales) and scales[0] <= scales[1], path, "guidance", w,
-            f"{good}, or a list of the lowest and the highest")
-    require(i in times, path, "input_time", i, times)
+    with parsing(path):
+        check("input_time", i, [Number(int, 1, teacher.schedule.T)])
     network, own = load_module(UNet, folder, device, dtype), fingerprint(weight_files(folder), teacher.schedule, i)
     student = Student(network, teacher, i, w, own)
-    check_network(student, folder / "config.json")
+    with parsing(folder / "config.json"):
+        check_network(student)
     return student
 
-def check_network(student, where):
-    """Raise BadInput if a student's network is not its teacher's, with what a student has beyond it."""
+
+def check_network(student):
+    """Raise ValueError unless a student's network is its teacher's, with what a student has beyond it."""
     teacher, own = student.teacher, student.network.settings
-    own_time = f"{target_slot(own)}_embed_type"
-    for key in own:
-        value = "timestep" if key == own_time else teacher.settings[key]
+    for key, value in own.items():
+        expected = "timestep" if key == f"{target_slot(own)}_embed_type" else teacher.settings[key]
         if key == "time_cond_proj_dim":
-            require(bool(own[key]) == student.ranged, where, key, own[key], "null, but for a range of guidance")
-        elif key != "time_cond_fastest":                    # which goes along with it
-            require(own[key] == value, where, key, own[key], f"{value!r}, of a student of teacher {teacher.spec}")
+            check(key, value, "null, but for a range of guidance", bool(value) == student.ranged)
+        elif key != "time_cond_fastest":                    # it goes along with time_cond_proj_dim
+            check(key, value, f"{expected!r}, of a student of teacher {teacher.spec}", value == expected)

@@ -44,7 +44,7 @@ def call(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
 
     def call(name, *args):
-        from checkpoint import command
+        from plumbing.files import command
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         try:
             command(importlib.import_module(name).main)

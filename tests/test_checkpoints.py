@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import TINY, WEIGHTS, BadInput, modern, read_tensors, weight_files
+from plumbing.files import BadInput
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS, read_tensors, remap_key, weight_files
 from conftest import CHECKPOINTS
-from model import VAE, TextEncoder, UNet
+from model import TextEncoder, UNet, VAE
 from student import load_student, new_student, save_student
-from teacher import load_teacher, noise
-from tools.synthesise import synthesise
+from plumbing.images import noise
+from teacher import load_teacher
+from dev.synthesise import synthesise
 
 PIXEL = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32],
          "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": None, "sample_size": 16,
@@ -45,7 +48,7 @@ def test_networks_have_exactly_the_published_tensors(name):
         network = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}[folder]
         with torch.device("meta"):
             ours = network(json.loads((CHECKPOINTS / name / folder / "config.json").read_text())).state_dict()
-        theirs = {modern(key): shape for key, (_, shape) in part["tensors"].items() if "position_ids" not in key}
+        theirs = {remap_key(key): shape for key, (_, shape) in part["tensors"].items() if "position_ids" not in key}
         assert {key: list(p.shape) for key, p in ours.items()} == theirs
 
 
@@ -88,7 +91,7 @@ def test_weights_in_the_files_own_precision_are_not_copied(tmp_path):
 
 def test_unconditional_teacher_clips_and_student_starts_as_its_equal(pixel):
     teacher = load_teacher(pixel())
-    assert teacher.takes is None and teacher.shape == (3, 16, 16) and teacher.clip == 1.0
+    assert teacher.condition_type is None and teacher.shape == (3, 16, 16) and teacher.clip == 1.0
     student, eps, condition = new_student(teacher, 400, 1.0), noise([0, 1], teacher.shape), teacher.encode(["", ""])
     assert condition == {}
     assert student.network.config["class_embed_type"] == "timestep"         # diffusers opens it as it is
@@ -105,7 +108,7 @@ def test_class_conditional_teacher_takes_names_and_numbers(pixel):
     folder = pixel(num_class_embeds=3, resnet_time_scale_shift="scale_shift")
     (folder / "model_index.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog", "2": ""}}))
     teacher = load_teacher(folder)
-    assert teacher.takes == "label" and teacher.encode(["dog", "0", ""])["label"].tolist() == [1, 0, 2]
+    assert teacher.condition_type == "label" and teacher.encode(["dog", "0", ""])["label"].tolist() == [1, 0, 2]
     with pytest.raises(BadInput, match="has no class 'cow': cat, dog"):
         teacher.encode(["cow"])
     eps, pets = noise([0, 1], teacher.shape), teacher.encode(["cat", "dog"])
@@ -134,7 +137,7 @@ def test_pixel_teacher_from_training_to_picture(pixel, call, tmp_path, classes):
     named = re.search(r"sample.py (--student.*)", said)[1].split()
     code, said, error = call("sample", *named, "--out", tmp_path / "png", "--num", 2)
     assert code == 0 and Image.open(tmp_path / "png" / "000001.png").size == (16, 16), error
-    assert load_student(out).teacher.takes == ("label" if classes else None)
+    assert load_student(out).teacher.condition_type == ("label" if classes else None)
     code, said, error = call("train", "--teacher", folder, "--out", out, *options[:1], 3, *options[2:])
     assert code == 0 and "resuming at step 2" in said, error                # without an average to restore
     if classes is None:
@@ -156,7 +159,7 @@ def test_unconditional_teacher_on_trained_weights(call, tmp_path):
     eps = noise([0, 1], teacher.shape)
     for t in (1000, 500, 20):
         f, f_class = teacher.denoise(eps, t), whole.denoise(eps, t, **whole.encode(["", ""]))
-        assert teacher.takes is None and torch.allclose(f, f_class, atol=1e-4)
+        assert teacher.condition_type is None and torch.allclose(f, f_class, atol=1e-4)
     code, _, error = call("train", "--teacher", folder, "--out", tmp_path / "run", "--steps", 2, "--batch", 4,
                           "--sample-every", 0)
     assert code == 0, error

@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from checkpoint import TINY, WEIGHTS, command
+from plumbing.files import command
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
 from conftest import ROOT
-from run import checkpoints
-from teacher import compose_prompts
-from train import learning_rate
+from plumbing.checkpoints import checkpoints
+from plumbing.prompts import compose_prompts
+from REMOVED import learning_rate
 
 SHORT = ["train.py", "--batch", 8, "--steps", 5, "--save-every", 2, "--sample-every", 0, "--warmup", 2]
 PROMPT = "a red ankle boot on a yellow background"

@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
-from checkpoint import TINY, modern, read_json
+from plumbing.files import read_json
+from plumbing.hub import TINY
+from plumbing.weights import remap_key
 from conftest import CHECKPOINTS
-from model import VAE, TextEncoder, TinyVAE, UNet
+from model import TextEncoder, TinyVAE, UNet, VAE
 from signal_ode import Schedule
 from test_parity import diffusers, shaken, transformers
 
@@ -173,7 +175,7 @@ def their(part, config):
 
 def load(ours, theirs):
     """Whether our network has just the weights of theirs, which it then takes: if not, checkpoint.build says so."""
-    weights = {modern(name): w for name, w in theirs.state_dict().items() if "position_ids" not in name}
+    weights = {remap_key(name): w for name, w in theirs.state_dict().items() if "position_ids" not in name}
     try:
         return ours.eval().load_state_dict(weights, assign=True)
     except RuntimeError:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint import TINY
+from plumbing.hub import TINY
 
 SEED, COUNT = (int(os.environ.get(name, value)) for name, value in (("DAMAGE_SEED", 0), ("DAMAGE_COUNT", 350)))
 PROMPT = "a red ankle boot on a yellow background"

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 import run as run_module
 import train
 from conftest import ROOT
-from run import checkpoints
-from tools.kill import differences, read_state
+from plumbing.checkpoints import checkpoints
+from dev.kill import differences, read_state
 
 SHORT = ["train.py", "--sample-every", 0, "--warmup", 1, "--match-from", 0.5, "--save-every", 2]
 

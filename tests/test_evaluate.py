@@ -10,13 +10,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from checkpoint import TINY, WEIGHTS, read_json, write_json
-from run import INFO, Saver
+from plumbing.files import read_json, write_json
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
+from plumbing.checkpoints import INFO, Saver
 from student import load_student
 from tools import study
 from tools.evaluate import STEPS, SWEEP, Evaluation, best_rows, combinations, drift, precision_recall, teacher_rows
 from tools.judge import frechet, moments, prompt
-from tools.kill import differences
+from dev.kill import differences
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import TINY, WEIGHTS, read_json, write_json
+from plumbing.files import read_json, write_json
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
 from conftest import CHECKPOINTS
 from model import UNet
 from signal_ode import Schedule
@@ -123,7 +125,7 @@ def test_the_schedule_ends_at_the_input_time_for_any_betas(change, share):
     i = round(share * schedule.T)
     scheduler = diffusers.EulerDiscreteScheduler.from_config(cut(config, schedule, i))
     scheduler.set_timesteps(1)
-    assert scheduler.timesteps.tolist() == [schedule.index(i)]
+    assert scheduler.timesteps.tolist() == [schedule.timestep(i)]
     if schedule.alpha(i) > 0:
         assert scheduler.sigmas[0].item() == pytest.approx((schedule.sigma(i) / schedule.alpha(i)).item(), rel=1e-4)
 

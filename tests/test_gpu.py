@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from checkpoint import read_json
+from plumbing.files import read_json
 from conftest import ROOT, WITH_GPU
 
 

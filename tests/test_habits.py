@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import tools.evaluate
-from checkpoint import TINY, WEIGHTS, BadInput, read_json, write_json
+from plumbing.files import BadInput, read_json, write_json
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
 from conftest import ROOT
 from student import load_student
-from teacher import load_teacher, read_prompts
+from plumbing.prompts import read_prompts
+from teacher import load_teacher
 
 PROMPT = "a red ankle boot on a yellow background"
 PAINT = ["--prompt", PROMPT, "--prompt", "a blue coat on a white background"]

@@ -16,7 +16,9 @@ import huggingface_hub.constants as constants
 import pytest
 
 import checkpoint
-from checkpoint import TINY, WEIGHTS, BadInput
+from plumbing.files import BadInput
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
 from conftest import HUB_PORT
 from teacher import load_teacher
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
-from signal_ode import Schedule, clean_prediction, like, noisy
+from signal_ode import Schedule, add_noise, append_dims, clean_prediction
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 MU, S = 0.7, 0.4                                            # the teacher's pictures: N(MU, S**2), every element
@@ -13,7 +13,7 @@ MU, S = 0.7, 0.4                                            # the teacher's pict
 def denoiser(schedule, mean, std):
     """The best clean prediction of x_t, where pictures are N(mean, std**2)."""
     def f(x_t, t, w=1.0):
-        alpha_t, sigma_t = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+        alpha_t, sigma_t = append_dims(schedule.alpha(t), x_t), append_dims(schedule.sigma(t), x_t)
         return mean + alpha_t * std**2 / (alpha_t**2 * std**2 + sigma_t**2) * (x_t - alpha_t * mean)
     return f
 
@@ -37,7 +37,7 @@ def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(s
     tau = torch.full((len(eps),), 400)
     m, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.2, 0.9))
     x, teacher, best = m + s * eps, denoiser(schedule, MU, S), denoiser(schedule, m, s)
-    frozen, x_tau = denoiser(schedule, m.detach(), s.detach()), noisy(x, n, tau, schedule)
+    frozen, x_tau = denoiser(schedule, m.detach(), s.detach()), add_noise(x, n, tau, schedule)
 
     def gradient(loss):
         return torch.stack(torch.autograd.grad(loss, (m, s), retain_graph=True))
@@ -103,8 +103,8 @@ def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
     schedule = Schedule(SD | {"prediction_type": prediction})
     x, n, tau = draw(6)
     out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    h = clean_prediction(out, noisy(x, n, tau, schedule), tau, schedule)
-    alpha, sigma = like(schedule.alpha(tau), x), like(schedule.sigma(tau), x)
+    h = clean_prediction(out, add_noise(x, n, tau, schedule), tau, schedule)
+    alpha, sigma = append_dims(schedule.alpha(tau), x), append_dims(schedule.sigma(tau), x)
     aim = {"epsilon": n, "v_prediction": alpha * n - sigma * x, "sample": x}[prediction]
     loss = critic_loss(x, h, tau, schedule)
     assert torch.allclose(loss, (out - aim).square().flatten(1).mean(1), rtol=1e-8)
@@ -113,7 +113,7 @@ def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
 def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
     x, n, tau = draw(1000)
     x = MU + S * x
-    x_tau = noisy(x, n, tau, schedule)
+    x_tau = add_noise(x, n, tau, schedule)
     loss = [critic_loss(x, denoiser(schedule, m, s)(x_tau, tau), tau, schedule).mean()
             for m, s in ((MU, S), (MU + 0.05, S), (MU - 0.05, S), (MU, 1.1 * S), (MU, 0.9 * S))]
     assert min(loss) == loss[0]
@@ -138,7 +138,7 @@ def test_the_critics_graph_is_still_there_for_its_own_loss(schedule):
     loss.sum().backward()
     clipped = lambda x_t, t: critic(x_t, t).clamp(-1.5, 1.5)
     assert torch.equal(loss, matching_loss(x, denoiser(schedule, MU, S), clipped, n, tau, schedule)[0])
-    again = critic(noisy(x.detach(), n, tau, schedule), tau)
+    again = critic(add_noise(x.detach(), n, tau, schedule), tau)
     assert torch.equal(h, again) and h.max() > 1.5 and spread.grad is None
     found = [torch.autograd.grad(critic_loss(x.detach(), z, tau, schedule).sum(), spread)[0] for z in (h, again)]
     assert torch.allclose(*found, rtol=1e-12)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import TINY, read_json
+from plumbing.files import read_json
+from plumbing.hub import TINY
 from conftest import CHECKPOINTS
-from model import VAE, TextEncoder, UNet
-from teacher import load_teacher, noise
+from model import TextEncoder, UNet, VAE
+from plumbing.images import noise
+from teacher import load_teacher
 
 diffusers = pytest.importorskip("diffusers", reason="the reference library diffusers is not installed")
 transformers = pytest.importorskip(

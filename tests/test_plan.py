@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from plan import CPU_ATTENTION, Ledger, Plan
+from tools.plan import CPU_ATTENTION, Ledger, Plan
 
 
 def test_the_ledger_knows_what_is_in_use():

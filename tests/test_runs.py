@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import train
-from checkpoint import TINY, WEIGHTS, write_file, write_json
+from plumbing.files import write_file, write_json
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
 from conftest import ROOT
 from matching import limited_guidance
-from run import Saver, checkpoints
+from plumbing.checkpoints import Saver, checkpoints
 from signal_ode import Schedule
 from student import Critic
-from tools.kill import differences
+from dev.kill import differences
 
 SHORT = ["--batch", 4, "--sample-every", 0, "--warmup", 2, "--save-every", 2]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import TINY
+from plumbing.hub import TINY
 from conftest import ROOT
 
 PROMPT, OTHER = "a red ankle boot on a yellow background", "a blue bag on a white background"

@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 
-from signal_ode import (Schedule, boot_losses, boundary_loss, bootstrap_loss, clean_prediction, contraction, ddim_step,
-                        guide, like, noisy, signal, signal_step, solve, student_signal)
+from signal_ode import (Schedule, add_noise, append_dims, boot_losses, bootstrap_loss, boundary_loss, cfg, clean_prediction, contraction, ddim_step, signal, signal_step, solve, student_signal)
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -32,22 +31,22 @@ def variance(t, schedule):
 
 def gaussian_teacher(schedule):
     def f(x_t, t):
-        alpha_t = like(schedule.alpha(t), x_t)
-        return MU + alpha_t * S**2 / like(variance(t, schedule), x_t) * (x_t - alpha_t * MU)
+        alpha_t = append_dims(schedule.alpha(t), x_t)
+        return MU + alpha_t * S**2 / append_dims(variance(t, schedule), x_t) * (x_t - alpha_t * MU)
     return f
 
 
 def gaussian_x(x_T, t, schedule):
     """Where the probability-flow ODE from x_T is at time t."""
     T = schedule.T
-    scale = like((variance(t, schedule) / variance(T, schedule)).sqrt(), x_T)
-    return like(schedule.alpha(t), x_T) * MU + scale * (x_T - schedule.alpha(T) * MU)
+    scale = append_dims((variance(t, schedule) / variance(T, schedule)).sqrt(), x_T)
+    return append_dims(schedule.alpha(t), x_T) * MU + scale * (x_T - schedule.alpha(T) * MU)
 
 
 def gaussian_student(schedule):
     """The exact solution of the Signal-ODE from y_T = f(eps, T), for any eps and t."""
     def g(eps, t):
-        x_T = noisy(gaussian_teacher(schedule)(eps, schedule.T), eps, schedule.T, schedule)
+        x_T = add_noise(gaussian_teacher(schedule)(eps, schedule.T), eps, schedule.T, schedule)
         return signal(gaussian_x(x_T, t, schedule), eps, t, schedule)
     return g
 
@@ -104,21 +103,21 @@ def test_zero_terminal_snr_has_the_same_trajectory_in_x_and_in_y(eps):
     f = gaussian_teacher(schedule)
     for num_steps in (50, 100):
         xs, ys = (solve(f, eps, schedule.grid(num_steps), schedule, "heun", space) for space in "xy")
-        assert all(torch.allclose(noisy(y, eps, t, schedule), x, atol=1e-10)
+        assert all(torch.allclose(add_noise(y, eps, t, schedule), x, atol=1e-10)
                    for x, y, t in zip(xs, ys, schedule.grid(num_steps)))
         errors.append((ys[-1] - gaussian_x(eps, 0, schedule)).abs().max().item())
     assert schedule.alpha(1000) == 0 and torch.equal(ys[0], torch.full_like(eps, MU)) and errors[1] < errors[0] / 1.9
     t = torch.full((16,), 1000)
-    assert bootstrap_loss(lambda eps, t: like(torch.ones(16) * MU, eps), f, eps, t, t - 100, schedule).isfinite().all()
+    assert bootstrap_loss(lambda eps, t: append_dims(torch.ones(16) * MU, eps), f, eps, t, t - 100, schedule).isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_clean_prediction_inverts_every_parametrisation(prediction, eps):
     schedule = Schedule({**SD, "prediction_type": prediction})
     x_0, t = torch.randn_like(eps), torch.randint(1, 1001, (16,))
-    alpha_t, sigma_t = like(schedule.alpha(t), eps), like(schedule.sigma(t), eps)
+    alpha_t, sigma_t = append_dims(schedule.alpha(t), eps), append_dims(schedule.sigma(t), eps)
     out = {"epsilon": eps, "v_prediction": alpha_t * eps - sigma_t * x_0, "sample": x_0}[prediction]
-    assert torch.allclose(clean_prediction(out, noisy(x_0, eps, t, schedule), t, schedule), x_0, atol=1e-12)
+    assert torch.allclose(clean_prediction(out, add_noise(x_0, eps, t, schedule), t, schedule), x_0, atol=1e-12)
 
 
 def test_clean_prediction_is_float32_from_a_half_precision_output(schedule):
@@ -136,7 +135,7 @@ def test_guidance_of_one_is_no_guidance(eps):
 def test_solver_converges_to_the_closed_form_at_its_order(solver, order, space, schedule, eps):
     f, errors = gaussian_teacher(schedule), []
     start = f(eps, 1000)
-    x_T = eps if space == "x" else noisy(start, eps, 1000, schedule)
+    x_T = eps if space == "x" else add_noise(start, eps, 1000, schedule)
     exact = gaussian_x(x_T, 200, schedule)
     exact = exact if space == "x" else signal(exact, eps, 200, schedule)
     for num_steps in (40, 80, 160):
@@ -155,14 +154,14 @@ def test_signal_ode_trajectory_equals_ddims_at_every_step(config, solver, eps):
     xs = solve(f, eps, grid, schedule, solver, space="x")
     ys = solve(f, eps, grid, schedule, solver, space="y", start=signal(eps, eps, 1000, schedule))
     for x, y, t in zip(xs, ys, grid):
-        assert (noisy(y, eps, t, schedule) - x).abs().max() < 1e-10
+        assert (add_noise(y, eps, t, schedule) - x).abs().max() < 1e-10
 
 
 def test_one_step_is_the_same_in_x_and_in_y(schedule, eps):
     y_t, f = torch.randn_like(eps), torch.randn_like(eps)
     t, s = torch.randint(500, 1001, (16,)), torch.randint(0, 500, (16,))
-    x_s = ddim_step(noisy(y_t, eps, t, schedule), f, t, s, schedule)
-    assert torch.allclose(noisy(signal_step(y_t, f, t, s, schedule), eps, s, schedule), x_s, atol=1e-12)
+    x_s = ddim_step(add_noise(y_t, eps, t, schedule), f, t, s, schedule)
+    assert torch.allclose(add_noise(signal_step(y_t, f, t, s, schedule), eps, s, schedule), x_s, atol=1e-12)
 
 
 def test_clean_end_divides_by_nothing(schedule, eps):
@@ -214,8 +213,8 @@ def test_both_losses_at_once_are_the_two(solver, boundary, schedule, eps):
     """Values, and gradients to a weight; each sample with its own condition."""
     weight, size = torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=True), torch.arange(16.0)
     f = gaussian_teacher(schedule)
-    teacher = lambda x_t, t, size: f(x_t, t) * like(1 + size / 16, x_t)
-    student = lambda eps, t, size: weight[0] * eps * like(t / 1000 + size, eps) + weight[1]
+    teacher = lambda x_t, t, size: f(x_t, t) * append_dims(1 + size / 16, x_t)
+    student = lambda eps, t, size: weight[0] * eps * append_dims(t / 1000 + size, eps) + weight[1]
     t = torch.arange(250, 1001, 50)
     s = t - 250                                             # the first is the clean end
     L_BS, L_BC = boot_losses(student, teacher, eps, t, s, schedule, boundary, solver, weight=2.0, size=size)
@@ -233,7 +232,7 @@ def test_minimising_both_losses_finds_the_solution(schedule):
     grid, f = schedule.grid(20), gaussian_teacher(schedule)
     rng = torch.Generator().manual_seed(0)
     coefficients = torch.zeros(1001, 2, dtype=torch.float64, requires_grad=True)
-    student = lambda eps, t: like(coefficients[t, 0], eps) + like(coefficients[t, 1], eps) * eps
+    student = lambda eps, t: append_dims(coefficients[t, 0], eps) + append_dims(coefficients[t, 1], eps) * eps
     optimizer = torch.optim.Adam([coefficients], 0.05)
     for step in range(2500):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 2500)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import STEM, TINY, BadInput, blank, modern, read_json, read_tensors, weight_files, write_json
+from plumbing.files import BadInput, read_json, write_json
+from plumbing.hub import TINY
+from plumbing.weights import STEM, init_on_meta, read_tensors, remap_key, weight_files
 from conftest import CHECKPOINTS
-from model import VAE, TextEncoder, UNet
+from model import TextEncoder, UNet, VAE
 from tools.single_file import single_file, unet_modules
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
@@ -33,7 +35,7 @@ def model(name, folder):
     configs and tiny's tokenizer and scheduler but no weights, which diffusers would take from there if it could."""
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("student", "judge", "evaluation", "pixel", "*.safe*"))
     if name == "tiny":
-        return {part: {modern(key): p for key, p in read_tensors(weight_files(TINY / part, stem))[0].items()}
+        return {part: {remap_key(key): p for key, p in read_tensors(weight_files(TINY / part, stem))[0].items()}
                 for part, stem in STEMS.items()}
     parts = {}
     for part, change in SMALL[name].items():
@@ -53,7 +55,7 @@ def test_diffusers_reads_every_tensor_back(name, tmp_path):
     pipeline = diffusers.StableDiffusionPipeline.from_single_file(
         str(file), config=str(tmp_path / name), local_files_only=True)
     for part, ours in parts.items():
-        theirs = {modern(key): p for key, p in getattr(pipeline, part).state_dict().items()}
+        theirs = {remap_key(key): p for key, p in getattr(pipeline, part).state_dict().items()}
         theirs = {key: p for key, p in theirs.items() if not key.endswith("position_ids")}
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(theirs[key], p) for key, p in ours.items())
@@ -96,7 +98,7 @@ def published(name):
     """The arguments of single_file for a published model, without values."""
     parts = {part: {} for part in NETWORKS}
     for file, manifest in read_json(CHECKPOINTS / name / "manifest.json").items():
-        parts[file.split("/")[0]] = {modern(key): torch.empty(shape, device="meta") for key, (_, shape)
+        parts[file.split("/")[0]] = {remap_key(key): torch.empty(shape, device="meta") for key, (_, shape)
                                      in manifest["tensors"].items() if not key.endswith("position_ids")}
     return {**parts, "config": read_json(CHECKPOINTS / name / "unet" / "config.json")}
 

@@ -10,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import TINY, WEIGHTS, BadInput, write_file
-from signal_ode import boot_targets, noisy, solve
+from plumbing.files import BadInput, write_file
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS
+from REMOVED import boot_targets
+from signal_ode import add_noise, solve
 from student import Student, load_student, new_critic, new_student, save_student
-from teacher import load_teacher, noise
+from plumbing.images import noise
+from teacher import load_teacher
 
 PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
 
@@ -68,7 +72,7 @@ def test_refinement_goes_on_along_the_trajectory(tiny):
     student, condition, eps = new_student(tiny, 400, 3.0), tiny.encode(PROMPTS), noise([0, 1], tiny.shape)
     with torch.no_grad():
         assert torch.equal(student.refine(eps, 0, **condition), student(eps, 0, **condition))
-        x_t = noisy(student(eps, 0, **condition), eps, 200, tiny.schedule)
+        x_t = add_noise(student(eps, 0, **condition), eps, 200, tiny.schedule)
         assert torch.allclose(student.refine(eps, 1, w=3.0, **condition), tiny.denoise(x_t, 200, 3.0, **condition))
         ys = solve(tiny.denoise, eps, tiny.schedule.grid(15), tiny.schedule, space="y", w=3.0, **condition)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from conftest import CHECKPOINTS, ROOT
-from teacher import compose_prompts
-from tokenizer import Tokenizer
+from plumbing.prompts import compose_prompts
+from plumbing.tokenizer import Tokenizer
 
 FILES = "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"
 # All that Python 3.11 knows; a younger Python knows characters on which the libraries do not agree

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import BadInput, command, write_file
+from plumbing.files import BadInput, command, write_file
 
 WIDTH, HEIGHT, MARGIN, LEGEND, POINTS = 720, 400, 64, 140, 200
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")

@@ -26,10 +26,12 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import TINY, BadInput, command, read_json, read_tensors, write_file, write_json
+from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.hub import TINY
+from plumbing.weights import read_tensors
 from student import REFINE_FROM, load_student
-from teacher import image_grid, noise, pick_device, to_pil
+from plumbing.images import image_grid, noise, to_pil
+from plumbing.processes import pick_device
 from tools.judge import frechet, load_judge, moments, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)

@@ -23,13 +23,18 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import (HUB, TINY, WEIGHTS, BadInput, build, command, find, is_embedded, read_json, write_file,
-                        write_json)
-from model import UNet, guidance_sinusoid, target_slot
-from signal_ode import clean_prediction, noise_rates
+from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.hub import HUB, TINY, find, is_embedded
+from plumbing.weights import WEIGHTS, build
+from model import UNet, guidance_sinusoid
+from plumbing.configs import target_slot
+from plumbing.configs import read_schedule
+from signal_ode import clean_prediction
 from student import load_student
-from teacher import PRECISION, noise, part_folder, training_prompts
+from plumbing.images import noise
+from plumbing.layout import part_folder
+from plumbing.processes import PRECISION
+from plumbing.prompts import training_prompts
 from tools.single_file import single_file
 
 LORA = "pytorch_lora_weights.safetensors"       # what load_lora_weights looks for
@@ -70,7 +75,7 @@ def cut(config, schedule, i):
     kept = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas",
                                          "rescale_betas_zero_snr") if config.get(key) is not None}
     if i < schedule.T and not (cosine or zero_snr or "trained_betas" in kept):
-        kept["beta_end"] = noise_rates(config, schedule.T)[schedule.index(i)].item()
+        kept["beta_end"] = read_schedule(config, schedule.T)[schedule.timestep(i)].item()
     elif i < schedule.T:
         alpha_bar = schedule.alpha(torch.arange(i + 1)) ** 2
         kept |= {"trained_betas": (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist(), "rescale_betas_zero_snr": False}
@@ -126,7 +131,7 @@ def low_rank(difference, rank):
 def time_embedding(tensors, student):
     """(hidden layer (c_emb,), embedding (c_emb,)) of the input time, by a network's tensors."""
     part = {name.removeprefix("time_embedding."): p.double() for name, p in tensors.items() if "time_embedding" in name}
-    index = torch.tensor([student.teacher.schedule.index(student.input_time)])
+    index = torch.tensor([student.teacher.schedule.timestep(student.input_time)])
     sinusoid = student.network.sinusoid(index)[0].double()                                      # (c_0,)
     hidden = F.silu(part["linear_1.weight"] @ sinusoid + part["linear_1.bias"])
     return hidden, part["linear_2.weight"] @ hidden + part["linear_2.bias"]
@@ -171,7 +176,7 @@ def lora_error(tensors, made, student):
     images = []
     for weights in (tensors, made):
         network = build(UNet, read_json(teacher.unet_folder / "config.json"), weights, LORA).to(teacher.device)
-        out = network(x.float(), teacher.schedule.index(t), **condition)
+        out = network(x.float(), teacher.schedule.timestep(t), **condition)
         images.append(teacher.decode(clean_prediction(out, x, t, teacher.schedule)) * 127.5)
     error = images[0] - images[1]
     return error.square().mean().sqrt().item(), error.abs().max().item()
@@ -340,12 +345,12 @@ def card(student, args, folder, pipeline, error):
     else:
         names = ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name)
         limits = [f"The classes are {names}."] if names else []
-    if teacher.takes == "prompt":
+    if teacher.condition_type == "prompt":
         what = f" (it was {teacher.negative_prompt!r})" if teacher.negative_prompt else ""
         limits.append(f"A negative prompt acts in training only{what}: here it has no effect.")
     limits += ["One step, with the scheduler that is here; it was trained for nothing else.",
                "The licence is that of its teacher."]
-    if teacher.takes != "label":
+    if teacher.condition_type != "label":
         lines.append("With `generator=torch.Generator().manual_seed(N)` it is the picture of BOOT's sample.py of seed N"
                      f"{' to 1 of 255' if args.precision == 'fp16' else ''}.")
     if error:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import build, read_json, read_tensors
+from plumbing.files import read_json
+from plumbing.weights import build, read_tensors
 
 
 class Judge(nn.Module):

@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from checkpoint import BadInput, require
+from REMOVED import require
+from plumbing.files import BadInput
 
 # The U-Net's modules outside its levels, {ours: theirs}, with the dot that ends a module's name. Their numbers are
 # places in an nn.Sequential, in which a SiLU, that has no weights, takes one, too.

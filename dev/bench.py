@@ -28,16 +28,21 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import STEM, BadInput, command, load_module, read_json, resolve, write_json
-from model import VAE, TextEncoder, UNet
-from plan import Plan
-from run import Saver, peak_memory, system_memory
-from sample import list_jobs, paint_jobs
-from student import let_learn, load_student, new_critic, new_student
-from teacher import PRECISION, load_teacher, noise, pick_device, to_pil, training_prompts
-from tools.kill import read_state
+from plumbing.files import BadInput, command, read_json, write_json
+from plumbing.hub import resolve
+from plumbing.weights import STEM, load_module
+from model import TextEncoder, UNet, VAE
+from tools.plan import Plan
+from plumbing.checkpoints import Saver
+from plumbing.processes import peak_memory, system_memory
+from REMOVED import list_jobs, paint_jobs
+from student import load_student, new_critic, new_student, set_trainable
+from plumbing.images import noise, to_pil
+from plumbing.processes import PRECISION, pick_device
+from plumbing.prompts import training_prompts
+from teacher import load_teacher
+from dev.kill import read_state
 
 # part -> our class, the stem of its weights' file, the library that has the reference
 PARTS = {"unet": (UNet, STEM, "diffusers"), "vae": (VAE, STEM, "diffusers"),
@@ -303,7 +308,7 @@ def count_flops(args):
     train.settle(args, teacher)
     student = new_student(teacher, args.input_time, args.guidance)
     critic = new_critic(student) if args.match else None
-    let_learn(student.network)
+    set_trainable(student.network)
     if critic:
         critic.network.requires_grad_(True)
     mixed = functools.partial(train.autocast, device, teacher.dtype)
@@ -341,10 +346,10 @@ def bench_steps(args):
 def reference_loop(args, match_from):
     """tools/reference.py's, with train.py's arguments. Raises BadInput for those that it knows nothing of."""
     need("diffusers"), need("transformers")
-    from tools.reference import Loop                        # which imports them
+    from dev.reference import Loop
     device = pick_device(args.device)
     teacher = load_teacher(args.teacher, device, PRECISION[args.precision])
-    known = teacher.takes == "prompt" and args.match and args.ema and not (
+    known = teacher.condition_type == "prompt" and args.match and args.ema and not (
         args.weight or args.guidance == 1 or isinstance(args.guidance, list) or args.grad_checkpointing)
     if not known or args.critic_updates > 1:
         raise BadInput("the loop on diffusers is for teachers of text, with one guidance scale, without --match 0, "
@@ -372,7 +377,7 @@ def bench_sampling(args):
     StableDiffusionPipeline = need("diffusers").StableDiffusionPipeline
     device, dtype, batch = pick_device(args.device), PRECISION[args.precision], args.batch or 1
     teacher = load_teacher(args.teacher, device, dtype)
-    if teacher.takes != "prompt":
+    if teacher.condition_type != "prompt":
         raise BadInput("--sampling is for teachers of text")
     w = train.default("guidance", args.teacher)
     student = load_student(device=device, dtype=dtype) if args.teacher == "tiny" else new_student(teacher, 600, w)

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import TINY, WEIGHTS, BadInput, command, load_module, write_file, write_json
-from model import VAE, TextEncoder, TinyVAE, UNet
-from signal_ode import Schedule, like, noisy
+from plumbing.files import BadInput, command, write_file, write_json
+from plumbing.hub import TINY
+from plumbing.weights import WEIGHTS, load_module
+from model import TextEncoder, TinyVAE, UNet, VAE
+from signal_ode import Schedule, add_noise, append_dims
 from student import load_student, save_student
-from teacher import pick_device
-from tokenizer import VISIBLE, Tokenizer
+from plumbing.processes import pick_device
+from plumbing.tokenizer import Tokenizer, VISIBLE
 from tools.judge import Judge, article, frechet, load_judge, moments, prompt
 
 GARMENTS = ["t-shirt", "pair of trousers", "pullover", "dress", "coat",
@@ -312,7 +313,7 @@ def unet_loss(unet, text_encoder, tokenizer, vae, train, device, rng, batch):
     t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(device)
     eps = torch.randn(x_0.shape, generator=rng).to(device)
     text = text_encoder(tokenizer(captions(labels, rng)).to(device))
-    return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), text), eps)
+    return F.mse_loss(unet(add_noise(x_0, eps, t, schedule), schedule.timestep(t), text), eps)
 
 
 def train_unet(args, train):
@@ -341,8 +342,8 @@ def pixel_loss(unet, train, device, rng, batch):
     u = torch.rand(batch, generator=rng)
     t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(device)             # texture is most of the work
     eps, x_0 = torch.randn(x_0.shape, generator=rng).to(device), x_0.to(device)
-    v = like(schedule.alpha(t), eps) * eps - like(schedule.sigma(t), x_0) * x_0
-    return F.mse_loss(unet(noisy(x_0, eps, t, schedule), schedule.index(t), label=label), v)
+    v = append_dims(schedule.alpha(t), eps) * eps - append_dims(schedule.sigma(t), x_0) * x_0
+    return F.mse_loss(unet(add_noise(x_0, eps, t, schedule), schedule.timestep(t), label=label), v)
 
 
 def train_pixel(args, train):

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import BadInput, command
-from run import checkpoints, load
+from plumbing.files import BadInput, command
+from plumbing.checkpoints import checkpoints, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--save-every", 2, "--sample-every", 0)

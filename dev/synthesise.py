@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
-from checkpoint import OLD_NAMES, WEIGHTS, BadInput, blank, command, read_json, write_file
+from plumbing.files import BadInput, command, read_json, write_file
+from plumbing.weights import OLD_NAMES, WEIGHTS, init_on_meta
 from model import TinyVAE, UNet
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}

@@ -23,15 +23,18 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python tools/NAME.py`, too
 import train
-from checkpoint import BadInput, command, write_json
-from run import Saver, checkpoints, peak_memory
-from signal_ode import noisy
-from student import let_learn, new_student
-from teacher import PRECISION, load_teacher, noise, pick_device, training_prompts
-from tools.bench import Steps, matmul_rate, median_seconds
-from tools.kill import differences
+from plumbing.files import BadInput, command, write_json
+from plumbing.checkpoints import Saver, checkpoints
+from plumbing.processes import peak_memory
+from signal_ode import add_noise
+from student import new_student, set_trainable
+from plumbing.images import noise
+from plumbing.processes import PRECISION, pick_device
+from plumbing.prompts import training_prompts
+from teacher import load_teacher
+from dev.bench import Steps, matmul_rate, median_seconds
+from dev.kill import differences
 
 
 def forget_peak(device):
@@ -45,7 +48,7 @@ def inputs(teacher, batch):
     eps = noise(range(batch), teacher.shape).to(teacher.device)
     t = torch.linspace(1, teacher.schedule.T, batch, device=teacher.device).long()
     prompts = training_prompts(teacher, None)
-    return noisy(eps, eps, t, teacher.schedule), t, teacher.encode([prompts[k % len(prompts)] for k in range(batch)])
+    return add_noise(eps, eps, t, teacher.schedule), t, teacher.encode([prompts[k % len(prompts)] for k in range(batch)])
 
 
 def agreement(args):
@@ -72,7 +75,7 @@ def passes(args):
         teacher = load_teacher(args.teacher, device, dtype)
         student = new_student(teacher, teacher.schedule.T, 1.0)
         network = student.network
-        let_learn(network)
+        set_trainable(network)
         for block in (*network.down_blocks, network.mid_block, *network.up_blocks) if compiled else ():
             block.compile()
         for layout, batch in itertools.product((torch.contiguous_format, torch.channels_last), args.micro_batches):

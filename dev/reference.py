@@ -16,8 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train
 from matching import critic_loss, limited_guidance, matching_loss
-from signal_ode import bootstrap_loss, boundary_loss, clean_prediction, guide, noisy, student_signal
-from student import let_learn
+from signal_ode import add_noise, bootstrap_loss, boundary_loss, cfg, clean_prediction, student_signal
+from student import set_trainable
 
 
 class Loop:
@@ -41,7 +41,7 @@ class Loop:
         self.critic_network = unet().train()
         self.networks = {"network": self.network.to(self.device), "critic_network": self.critic_network.to(self.device)}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
-        let_learn(self.network)
+        set_trainable(self.network)
         self.optimizer = adam([p for p in self.network.parameters() if p.requires_grad], args.lr)
         self.critic_optimizer = adam(self.critic_network.parameters(), args.critic_lr)
         self.ema = EMAModel(self.network.parameters(), decay=args.ema)
@@ -59,18 +59,18 @@ class Loop:
         """The teacher's guided clean prediction: both conditions in one batch, as in the pipelines."""
         x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, self.empty.expand_as(text)])
         with torch.autocast(self.device.type, enabled=False):
-            out = self.unet(x_t.to(self.dtype), self.schedule.index(t), text).sample
+            out = self.unet(x_t.to(self.dtype), self.schedule.timestep(t), text).sample
         return guide(*clean_prediction(out, x_t, t, self.schedule).chunk(2), w)
 
     def student(self, eps, t, w, text):
         return student_signal(self.output, eps, t, self.args.input_time, self.schedule, text=text)
 
     def output(self, x_i, i, t, text):
-        index = torch.full((len(x_i),), self.schedule.index(i), device=self.device)
+        index = torch.full((len(x_i),), self.schedule.timestep(i), device=self.device)
         return self.network(x_i, index, text, class_labels=t).sample
 
     def critic(self, x_t, t, w, text):
-        out = self.critic_network(x_t, self.schedule.index(t), text).sample
+        out = self.critic_network(x_t, self.schedule.timestep(t), text).sample
         return clean_prediction(out, x_t, t, self.schedule)
 
     def step(self, k, lr):
@@ -106,7 +106,7 @@ class Loop:
                 self.backward(args.match / args.batch, L_M)
             if critic_learns:
                 with mixed():
-                    h = self.critic(noisy(x.detach(), n, tau, schedule), tau, **condition)
+                    h = self.critic(add_noise(x.detach(), n, tau, schedule), tau, **condition)
                     L_C = critic_loss(x.detach(), h, tau, schedule)
                 self.backward(1 / args.batch, L_C)
         self.update(self.optimizer, self.network)

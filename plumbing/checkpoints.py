@@ -1,0 +1,288 @@
+"""A run's folder: who trains there, its checkpoints, its log.
+
+    with lock(out):                                         # nobody else trains there
+        step, folder, options = newest(out)                 # the last whole checkpoint
+        load(folder, state)
+        saver = Saver(...)
+        saver.save(state, network, step)                    # state/step_N, and then student/
+
+A checkpoint is a folder of safetensors, of which every process writes its part (torch.distributed.checkpoint), and
+checkpoint.json: the options that made it, and the sha256 of each file. Any number of processes can read it. It gets its
+name only when all of it is on disk, so a crash at any moment leaves the one before.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub.utils import WeakFileLock
+from torch.distributed.tensor import DTensor
+
+from plumbing.files import BadInput, parsing, read_json, write_file, write_json
+from plumbing.processes import MEETING, full, local, spare_memory, together
+from plumbing.weights import WEIGHTS, open_tensors
+
+INFO = "checkpoint.json"
+FILE_SIZE = 2**29                               # bytes of a file of a checkpoint, of which there is a copy in memory
+# Options that may change when a run is resumed, because they do not change the student beyond rounding
+FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "shard", "every", "samples"}
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+@contextlib.contextmanager
+def lock(out):
+    """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, naming the
+    process that uses the folder. A folder that is still empty at the end is removed again."""
+    state, locked, holder = out / "state", out / "state" / ".lock", out / "state" / ".holder"
+    with contextlib.ExitStack() as stack:                   # it undoes in reverse order
+        stack.callback(remove_empty, state, out)
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(locked, timeout=0.1))      # where flock works, the kernel frees the dead's
+        except TimeoutError:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise BadInput(f"{who} is training in {out}: wait for it, or choose another --out (if it is gone, remove "
+                           f"{locked})") from None
+        except OSError as error:
+            raise BadInput(f"can't write {out}: {error.strerror or error}") from None
+        stack.callback(remove, holder, locked)
+        write_file(holder, lambda path: path.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
+        folders = (state, out / "student", out / "samples")
+        left = [path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)]
+        remove(*left, out / "config.json.new", out / "log.jsonl.new")
+        for path in state.glob("step_*.new"):
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def remove(*paths):
+    for path in paths:
+        with contextlib.suppress(OSError):                  # a folder, or what Windows holds open
+            path.unlink()
+
+
+def remove_empty(*folders):
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def check_options(out, options, saved):
+    """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
+    student without its state. saved: the options of the last checkpoint, or None; before the first checkpoint every
+    option may change."""
+    for path in (out / "student" / name for name in (WEIGHTS, "config.json", "student.json")):
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder, in the way of a file")
+    if saved is None:
+        if (out / "student").exists():
+            raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
+        return
+    free = FREE | {"teacher"} if saved.get("fingerprint") == options["fingerprint"] else FREE   # it may have moved
+    differ = [f"{key} {saved.get(key)} there, {value} here" for key, value in options.items()
+              if key not in free and saved.get(key) != value]
+    if differ:
+        raise BadInput(f"{out} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
+
+
+def check_space(out, state, student):
+    """Raise BadInput if the disk cannot hold three checkpoints, of which two are kept, and a student that is replaced.
+    state, student: bytes of their files."""
+    files = [path for folder in (out / "state", out / "student") for path in folder.rglob("*.safetensors")]
+    need = 3 * state + 2 * student - sum(path.stat().st_size for path in files)
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {state / 1e9:.2f} GB "
+                       "on disk, and there are three of them while one is written")
+
+
+def rewind_log(path, step):
+    """Drop what a killed run logged after its last checkpoint, and a torn line. Lines that are no record of a step are
+    somebody's remarks, and stay. Returns the run's seconds up to that checkpoint."""
+    text = path.read_bytes() if path.exists() else b""
+    kept, seconds = [], 0
+    for line in text.split(b"\n")[:-1]:
+        record = {}
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+        if not is_record or record["step"] <= step:
+            kept.append(line + b"\n")
+        if is_record and record["step"] <= step and isinstance(record.get("seconds"), (int, float)):
+            seconds = record["seconds"]
+    if text != b"".join(kept):
+        write_file(path, lambda p: p.write_bytes(b"".join(kept)))
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+def checkpoints(out):
+    """{step: folder} of a run's checkpoints, the latest first."""
+    found = {int(path.name[5:]): path for path in (out / "state").glob("step_*") if path.name[5:].isdecimal()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest(out):
+    """(step, folder, options) of the last checkpoint that is whole, or (0, None, None) if there never was one. Warns of
+    a damaged checkpoint. Raises BadInput if all are damaged."""
+    damaged = []
+    for step, folder in checkpoints(out).items():
+        try:
+            options = read_options(folder)
+        except BadInput as error:
+            damaged.append(str(error))
+            continue
+        for error in damaged:
+            warnings.warn(f"{error}: going on from {folder.name}", stacklevel=2)
+        return step, folder, options
+    if damaged:
+        raise BadInput(f"{damaged[0]}; move {out} away to start anew")
+    return 0, None, None
+
+
+def read_options(folder):
+    """The options of a checkpoint, if all its files are as they were written. Raises BadInput."""
+    info = read_json(folder / INFO)
+    with parsing(folder / INFO):
+        info = {"options": dict(info["options"]), "files": dict(info["files"])}
+        if set(info["files"]) != {path.name for path in folder.glob("*.safetensors")}:
+            raise BadInput(f"{folder} lacks files, or has others than its own: {', '.join(info['files'])}")
+    for name, written in info["files"].items():
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise BadInput(f"{folder / name}: {error.strerror or error}") from None
+        if found != written:
+            raise BadInput(f"{folder / name} is damaged: it has another sha256 than when it was written")
+    return info["options"]
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load(folder, state):
+    """Fill a process's state with its share of a checkpoint, whichever processes wrote that. Raises BadInput."""
+    reader = dcp.HuggingFaceStorageReader(folder)
+    with parsing(folder):
+        saved = reader.read_metadata().state_dict_metadata
+        wrong = [name for name in saved.keys() | state.keys()
+                 if name not in saved or name not in state or saved[name].size != state[name].shape]
+        if wrong:
+            raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move the "
+                           "run's folder away to start anew")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+
+
+def saved_step(path):
+    """The step, a text, in the metadata of a student's weights; None if the file is missing or not whole."""
+    with contextlib.suppress(BadInput), open_tensors(path) as file:
+        return (file.metadata() or {}).get("step")
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+class Saver:
+    """Writes checkpoints one at a time, beside the computation where the machine has memory for a copy of them. All
+    processes call it at the same steps. Errors of writing are raised by the next call: BadInput.
+    executor: a thread. write_student: callable (tensors, step) that writes the student's folder."""
+
+    def __init__(self, out, options, rank, world, step, executor, write_student):
+        self.out, self.options, self.rank, self.world, self.step = out, options, rank, world, step
+        # A group of the thread's own, in which those who have written their part wait for the slowest
+        self.group = dist.new_group(backend="gloo", timeout=MEETING) if world > 1 else None
+        self.executor, self.write_student, self.pending = executor, write_student, None
+
+    def save(self, state, network, step):
+        """Save the state, and after it the student's network, so that there is no student without its state."""
+        self.wait()
+        broken = next((name for name, tensor in state.items() if not local(tensor).isfinite().all()), None)
+        if broken:
+            raise BadInput(f"{broken} is not finite after step {step}; what {self.out} holds is whole: lower --lr or "
+                           "--critic-lr, in another --out")
+        # Of sharded tensors every process writes its part; the other tensors are dealt out in equal shares.
+        *ends, total = itertools.accumulate((tensor.nbytes for tensor in state.values()), initial=0)
+        part = {name: tensor for (name, tensor), end in zip(state.items(), ends)
+                if end * self.world // total == self.rank or isinstance(tensor, DTensor)}
+        files = {name: 1 + end // FILE_SIZE for name, end in zip(state, ends)}
+        folder = self.out / "state" / f"step_{step}.new"
+        storage = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+        beside = torch.tensor(spare_memory() > 2 * total, dtype=torch.int32)
+        if self.world > 1:
+            dist.all_reduce(beside, dist.ReduceOp.MIN, self.group)          # all do it, or none
+        write = dcp.async_save if beside else dcp.save
+        tensors = whole_tensors(network, self.rank, copy=bool(beside))
+        with writing(folder):
+            done = write(part, storage_writer=storage, process_group=self.group, no_dist=self.world == 1)
+        self.pending = self.executor.submit(self.complete, done if beside else None, folder, tensors, step)
+        if not beside:
+            self.wait()
+
+    def complete(self, done, folder, tensors, step):
+        """Wait until all parts are on disk, and let the checkpoint count. Nobody goes on before rank 0 has done so."""
+        with writing(folder):
+            if done:
+                done.result()
+        if self.rank == 0:
+            self.publish(folder, tensors, step)
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def publish(self, folder, tensors, step):
+        """Give a checkpoint on disk its checksums and its name, write the student, and remove what is too old."""
+        with writing(folder):
+            files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+            write_json(folder / INFO, {"options": self.options, "files": files})
+            final = folder.with_suffix("")
+            shutil.rmtree(final, ignore_errors=True)        # a damaged one
+            folder.rename(final)
+        for old, path in checkpoints(self.out).items():
+            if old not in (step, self.step):                # the last two are kept
+                shutil.rmtree(path, ignore_errors=True)
+        self.write_student(tensors, step)
+        self.step = step
+
+    def wait(self):
+        """Wait until the last checkpoint is written. Raises BadInput if it could not be."""
+        if self.pending:
+            with together(self.rank):
+                self.pending.result()
+
+    def failed(self):
+        """Whether the last checkpoint could not be written."""
+        return bool(self.pending and self.pending.done() and self.pending.exception())
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Turn an error of writing into BadInput, and give a full disk its space back."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, dcp.api.CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+            if isinstance(error, KeyboardInterrupt):
+                raise error from None
+        raise BadInput(f"can't write {folder}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def whole_tensors(network, rank, copy):
+    """{name: tensor} of a network, whole, on the CPU, for rank 0. The other processes have to take part, and get {}."""
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        tensor = full(tensor.detach())
+        if rank == 0:
+            tensors[name] = tensor.to("cpu", copy=copy)
+    return tensors

@@ -1,0 +1,200 @@
+"""The processes of a run: the device, torchrun, sharding (FSDP2), signals, memory.
+
+    rank, world, local_rank = torchrun()
+    device = pick_device(args.device, local_rank)
+    join(rank, world, "nccl")
+    with together(rank): dist.all_reduce(tensor)            # a lost peer is a BadInput
+"""
+
+import contextlib
+import datetime
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from plumbing.files import BadInput, out_of_memory, parsing
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEETING = datetime.timedelta(minutes=30)        # how long processes wait for others that are still loading,
+WAIT = datetime.timedelta(minutes=2)            # and in a step; a process that is later is taken for dead
+
+
+def pick_device(name=None, local_rank=0):
+    """The device of --device; None is CUDA if there is one, else the CPU. Of several GPUs, that of the local rank.
+    Its float32 is float32, not TF32, because 1 / alpha_T multiplies rounding errors. Raises BadInput."""
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {name or device} is not available here ({reason}): try cpu") from None
+    return device
+
+
+def torchrun():
+    """(rank, number of processes, rank on this machine). If a part of torchrun's environment is missing, the rest is
+    taken for what a cluster left there, and this is the only process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = ", ".join(name for name in names if not os.environ.get(name))
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if missing and size != "1":
+        warnings.warn(f"WORLD_SIZE={size} is not torchrun's, without {missing}: one process works alone", stacklevel=2)
+    if missing or size == "1":
+        return 0, 1, 0
+    with parsing("RANK, WORLD_SIZE and LOCAL_RANK"):
+        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
+        if not 0 <= rank < world:
+            raise ValueError(f"there is no process {rank} of {world}")
+        return rank, world, local_rank
+
+
+def join(rank, world, backend):
+    """Meet the other processes, which may still be downloading. After 20 seconds it says so, because a process that
+    never comes would be waited for in silence. Raises BadInput."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
+    patience.daemon = True
+    patience.start()
+    try:
+        [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
+        store.set_timeout(MEETING)
+        store = dist.PrefixStore(agree(store, rank, world), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"the processes did not meet at {where}: {error}") from None
+    finally:
+        patience.cancel()
+
+
+def agree(store, rank, world):
+    """A name for this start of the processes, the same for all of them, and different from that of any other start.
+    torchrun keeps its store when it restarts processes, with the addresses at which the dead ones listened."""
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world):
+            answer = store.get(f"{own}/{other}").decode()               # waits until it is there
+            store.set(f"{own}/{answer}", "welcome")
+        return own
+    start, deadline = None, time.monotonic() + MEETING.total_seconds()
+    while start is None or not store.check([f"{start}/{own}"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the first one did not come")
+        start = store.get("start").decode()                             # perhaps that of a first process that is dead
+        store.set(f"{start}/{rank}", own)
+        time.sleep(0.1)
+    return start
+
+
+@contextlib.contextmanager
+def together(rank):
+    """Report a lost or late peer as BadInput."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise BadInput(f"process {rank} has lost the others: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- sharding
+def shard(network, device, dtype):
+    """Split a network's parameters over the processes, a block at a time (FSDP2). Each process holds its part, and has
+    a whole block only while it computes with it. dtype: in which blocks are gathered; the last layers stay float32."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
+    for block in network.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for last in (network.conv_norm_out, network.conv_out):
+        fully_shard(last, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)          # the sum over the processes, not the mean,
+            module.set_force_sum_reduction_for_comms(True)  # in a way that gloo supports, too
+    reduce_in_backward(network, False)
+
+
+def reduce_in_backward(network, now):
+    """Tell FSDP whether the next backward pass is a network's last of the step, after which the gradients are summed
+    over the processes and split. Until then each process has a gradient of the whole network, in float32."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+
+
+def local(tensor):
+    """This process's part of a tensor; all of it, where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor):
+    """All of a tensor. Where it is sharded, all processes have to ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------- signals, memory, load
+class Stop:
+    """Handler of SIGTERM, SIGHUP and Ctrl-C: the loop ends its step, saves and stops. A second Ctrl-C stops at once.
+    .asked: whether a signal came; .interrupted: whether one of them was Ctrl-C."""
+    asked = interrupted = False
+
+    def __init__(self, speaks):
+        self.speaks = speaks
+        for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:           # as nohup sets it
+                signal.signal(number, self)
+
+    def __call__(self, number, _):
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
+        if self.speaks and not self.asked:
+            with contextlib.suppress(OSError):              # not print, which may be at work already
+                os.write(2, b"\nstopping after this step; Ctrl-C now stops at once, without saving\n")
+        self.asked, self.interrupted = True, self.interrupted or number == signal.SIGINT
+
+
+def peak_memory(device):
+    """The most bytes that this process has held: of the GPU's memory, or of the machine's; 0 where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":                             # whose getrusage reports the parent's, if that was more
+        return system_memory("self/status", "VmHWM")
+    with contextlib.suppress(ImportError):                  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
+
+
+def spare_memory():
+    """Bytes of the machine's memory that nobody uses; 0 where the system doesn't say."""
+    return system_memory("meminfo", "MemAvailable")
+
+
+def system_memory(name, field):
+    """Bytes that Linux reports in a field of /proc/NAME; 0 elsewhere."""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open(f"/proc/{name}") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+    return 0
+
+
+def warn_if_busy(device):
+    """Say it once, if other work keeps this machine's cores busy: threads of torch then spin for each other."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
+        return
+    if os.getloadavg()[0] > 0.5 * os.cpu_count() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        warnings.warn(f"other work keeps about {os.getloadavg()[0]:.0f} of {os.cpu_count()} cores busy, and "
+                      "the threads of this run then wait for each other; OMP_NUM_THREADS=1 in front of the command made "
+                      "a step 6 times as fast where two cores were fully busy (0.46 s for 3.0 s)", stacklevel=2)

@@ -1,0 +1,80 @@
+"""Prompts: read from a file, composed from word lists, made readable, encoded.
+
+    prompts = training_prompts(teacher, args.prompts)       # a file's, the teacher's own, or 100,000 composed ones
+    encode = Conditions(teacher, prompts)
+    condition = encode([3, 14])                             # of prompts 3 and 14
+"""
+
+import random
+import warnings
+from pathlib import Path
+
+import torch
+
+from plumbing.files import BadInput, read_json
+
+FEW = 2**11         # so many prompts, or fewer, are encoded once
+
+
+def readable(text):
+    """A text from the command line in which U+FFFD stands for what is not UTF-8. Warns if there is any."""
+    known = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if known != text:
+        warnings.warn(f"the prompt {known!r} is not UTF-8 text: \ufffd stands for what can't be read", stacklevel=2)
+    return known
+
+
+def read_prompts(path):
+    """The lines of a UTF-8 prompt file that are not blank. Raises BadInput."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # other separators belong to the prompt
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
+    prompts = [line.strip(" \t") for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{path} holds no prompt; it takes one a line")
+    return prompts
+
+
+def compose_prompts(num=100_000, seed=0):
+    """num distinct prompts from the word lists of prompts.json, a function of the seed."""
+    words, rng, prompts = read_json(Path(__file__).parent / "prompts.json"), random.Random(seed), {}
+    while len(prompts) < num:                               # a dict keeps them distinct and in order
+        scene = " ".join(map(rng.choice, rng.choice(words["scenes"])))
+        prompts[rng.choice(words["styles"]).format(scene)] = True
+    return list(prompts)
+
+
+def training_prompts(teacher, path=None):
+    """The prompts or labels to train on: those of a file, the teacher's own, or composed ones. Raises BadInput."""
+    own = teacher.folder / "prompts.txt"
+    if path and not teacher.condition_type:
+        raise BadInput(f"teacher {teacher.spec} is unconditional: --prompts has no meaning for it")
+    if path or own.exists():
+        prompts = read_prompts(path or own)
+        if teacher.labels:
+            teacher.encode(prompts)                         # an unknown label is found now, not in an hour
+        return prompts
+    if teacher.labels:
+        return [name for name in teacher.labels if name]
+    return compose_prompts() if teacher.condition_type else [""]
+
+
+class Conditions:
+    """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, in
+    parts of 64, which are the same in every process, because the last bits depend on the size of a part."""
+
+    def __init__(self, teacher, prompts):
+        self.teacher, self.prompts, self.encoded = teacher, prompts, None
+        if len(prompts) <= FEW:
+            parts = [teacher.encode(prompts[first:first + 64]) for first in range(0, len(prompts), 64)]
+            self.encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def __call__(self, numbers):
+        if self.encoded is None:
+            return self.teacher.encode([self.prompts[k] for k in numbers])
+        return {name: value[numbers] for name, value in self.encoded.items()}

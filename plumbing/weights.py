@@ -1,0 +1,123 @@
+"""Weights: strict loading of safetensors files. Pickles are refused.
+
+    unet = load_module(UNet, folder / "unet", "cuda", torch.bfloat16)           # config.json and weights, one or sharded
+    network = build(UNet, config, tensors, where)                               # exactly these tensors, or BadInput
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from plumbing.files import BadInput, read_json
+
+STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
+WEIGHTS = f"{STEM}.safetensors"
+FLOAT32 = ("conv_norm_out.", "conv_out.")                   # the U-Net's last layers, see signal_ode.clean_prediction
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # before diffusers 0.12
+
+
+@contextlib.contextmanager
+def open_tensors(path):
+    """safetensors' safe_open. What is wrong with the file is a BadInput."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def weight_names(file):
+    """The names of an open file's weights, without the position_ids that old text encoders store beside them."""
+    return [name for name in file.keys() if not name.endswith("position_ids")]
+
+
+def read_tensors(paths, device="cpu", dtype=None):
+    """({name: tensor}, metadata) of one safetensors file or several, on the device, in dtype (None: as stored).
+    In half precision the layers named in FLOAT32 stay in float32. On the CPU, in the file's own dtype, a tensor is a
+    view of the memory-mapped file, which costs no memory until it is read."""
+    tensors, metadata = {}, {}
+    half = dtype in (torch.float16, torch.bfloat16)
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        with open_tensors(path) as file:
+            names = weight_names(file)
+            metadata |= file.metadata() or {}
+        while names:
+            with open_tensors(path) as file:    # reopened every 128 MB, to release the pages that were read of it
+                copied = 0
+                while names and copied < 2**27:
+                    name = names.pop()
+                    stored = file.get_tensor(name)
+                    if not stored.is_floating_point():
+                        raise BadInput(f"{path}: {name} is {stored.dtype}, but weights are floating-point")
+                    tensors[name] = stored.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
+                    if tensors[name] is not stored:
+                        copied += stored.nbytes
+    return tensors, metadata
+
+
+def remap_key(name):
+    """The name that our networks give to a published parameter: today's name in diffusers, if it has an old one."""
+    if re.match(r"(embeddings|encoder\.layers\.\d+\.(layer_norm\d|self_attn|mlp)|final_layer_norm)\.", name):
+        return f"text_model.{name}"                         # transformers 5 leaves the first part out
+    if ".attentions." not in name:
+        return name
+    module, layer, kind = name.rsplit(".", 2)
+    return f"{module}.{OLD_NAMES.get(layer, layer)}.{kind}"
+
+
+def init_on_meta(network, config, where):
+    """network(config) on the meta device, without weights. Raises BadInput that begins with `where`, a file's name."""
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except KeyError as error:
+        raise BadInput(f"{where}: the config has no {error}") from None
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def build(network, config, tensors, where):
+    """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
+    config's key, or the missing, unexpected and mis-shaped tensors. where: the name of the file, for the message."""
+    module = init_on_meta(network, config, where)
+    tensors = {remap_key(name): tensor for name, tensor in tensors.items()}
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = [f"missing {n}" for n in expected if n not in shapes]
+    wrong += [f"unexpected {n}" for n in shapes if n not in expected]
+    wrong += [f"{n} is {shapes[n]}, not {expected[n]}" for n in expected if shapes.get(n, expected[n]) != expected[n]]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise BadInput(f"{where} does not hold the weights its config describes: {'; '.join(wrong[:8])}{more}")
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def choose_weights(names, stem):
+    """Which of the file names hold the weights called stem: the whole file, else its shards, else those in fp16."""
+    for variant in ("", ".fp16"):
+        whole = rf"{re.escape(stem + variant)}\.safetensors"
+        shard = rf"{re.escape(stem)}(?:{re.escape(variant)})?-\d+-of-\d+(?:{re.escape(variant)})?\.safetensors"
+        for pattern in (whole, shard):
+            if found := sorted(name for name in names if re.fullmatch(pattern, name)):
+                return found
+    return []
+
+
+def weight_files(folder, stem=STEM):
+    """The safetensors files of a folder that hold its weights, one or several shards. Raises BadInput."""
+    names = [path.name for path in folder.glob("*")]
+    if chosen := choose_weights(names, stem):
+        return [folder / name for name in chosen]
+    pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
+    raise BadInput(f"{folder / stem}.safetensors is missing{refused}")
+
+
+def load_module(network, folder, device, dtype, stem=STEM):
+    """A network, frozen, from its folder of config.json and weights. Raises BadInput."""
+    config, files = read_json(folder / "config.json"), weight_files(folder, stem)
+    return build(network, config, read_tensors(files, device, dtype)[0], files[0])
