@@ -4,7 +4,7 @@
     out = unet(x, t, text=text)                             # the raw output for noisy samples x at timestep indices t
 
 Every module carries the name that it has in the published checkpoints, so that their state dicts load as they are
-(plumbing.weights.load_module). Shapes: B samples, C channels, h x w pixels, N = h * w, L tokens, D the width of the text.
+(plumbing.weights.load_module). Shapes: B samples, C channels, h x w pixels, N = h * w, L tokens, D the text's width.
 """
 
 import functools

@@ -34,7 +34,7 @@ from teacher import load_teacher
 INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
 DECAY = 0.6                 # the last part of BOOT's steps, and of matching's, over which the rate falls linearly
 MATCH_LR = 1 / 5            # the rate of matching as a share of --lr; BOOT's rate falls to it
-BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: it is learned fast, and costs one more sample's passes
+BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: it is learned fast, and costs another sample's passes
 BOOT_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
 BETA_1 = 0.9                # Adam's beta_1 before matching,
 MATCH_BETA_1 = 0.0          # and from there on: with momentum, critic and student lag behind each other
@@ -221,11 +221,12 @@ def train(args, run):
         critic = new_critic(student)
         critic.network.requires_grad_(True)
         critic_adam = run.add("critic", critic.network, lr=args.critic_lr)
-        critic_steps = run.add_counter("critic_steps")
+        critic_steps = run.state["critic_steps"] = torch.tensor(0)      # so many steps the critic has learned; saved
 
     start = run.restore()
     critic_from, match_from = begin_of_matching(args, start, int(critic_steps) if args.match else 0)
-    run.ready(ema, save_student, f"guidance {args.guidance}, input time {args.input_time}, matched after {match_from}")
+    matched = f"matched after {match_from}" if match_from < args.steps else "not matched"
+    run.ready(ema, save_student, f"guidance {args.guidance}, input time {args.input_time}, {matched}")
     schedule, T = teacher.schedule, teacher.schedule.T
     delta = round(T / args.num_steps)                       # what a bootstrap step spans
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
@@ -298,7 +299,7 @@ def main():
     args = parse_args()
     with open_run(args) as run:
         train(args, run)
-    if run.stopped_by_user:
+    if run.interrupted:
         sys.exit(130)                                       # so that `train && evaluate` ends here
 
 

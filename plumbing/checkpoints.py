@@ -14,8 +14,8 @@ name only when all of it is on disk, so a crash at any moment leaves the one bef
 import contextlib
 import hashlib
 import itertools
-import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 
 from plumbing.files import BadInput, parsing, read_json, write_file, write_json
 from plumbing.processes import MEETING, full, local, spare_memory, together
-from plumbing.weights import WEIGHTS, open_tensors
 
 INFO = "checkpoint.json"
 FILE_SIZE = 2**29                               # bytes of a file of a checkpoint, of which there is a copy in memory
@@ -40,11 +39,10 @@ FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "shard", "every"
 # -------------------------------------------------------------------------------------------------------- the folder
 @contextlib.contextmanager
 def lock(out):
-    """Keep other runs out of the folder, and remove what a killed one left half written. Raises BadInput, naming the
-    process that uses the folder. A folder that is still empty at the end is removed again."""
+    """Keep other runs out of the folder, and remove checkpoints that a killed run left half written. Raises BadInput,
+    naming the process that uses the folder."""
     state, locked, holder = out / "state", out / "state" / ".lock", out / "state" / ".holder"
-    with contextlib.ExitStack() as stack:                   # it undoes in reverse order
-        stack.callback(remove_empty, state, out)
+    with contextlib.ExitStack() as stack:
         try:
             state.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(locked, timeout=0.1))      # where flock works, the kernel frees the dead's
@@ -54,36 +52,18 @@ def lock(out):
                            f"{locked})") from None
         except OSError as error:
             raise BadInput(f"can't write {out}: {error.strerror or error}") from None
-        stack.callback(remove, holder, locked)
+        stack.callback(holder.unlink, missing_ok=True)
         write_file(holder, lambda path: path.write_text(
             f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
-        folders = (state, out / "student", out / "samples")
-        left = [path for folder in folders for pattern in ("*.new", ".tmp*") for path in folder.glob(pattern)]
-        remove(*left, out / "config.json.new", out / "log.jsonl.new")
         for path in state.glob("step_*.new"):
             shutil.rmtree(path, ignore_errors=True)
         yield
-
-
-def remove(*paths):
-    for path in paths:
-        with contextlib.suppress(OSError):                  # a folder, or what Windows holds open
-            path.unlink()
-
-
-def remove_empty(*folders):
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def check_options(out, options, saved):
     """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
     student without its state. saved: the options of the last checkpoint, or None; before the first checkpoint every
     option may change."""
-    for path in (out / "student" / name for name in (WEIGHTS, "config.json", "student.json")):
-        if path.is_dir():
-            raise BadInput(f"{path} is a folder, in the way of a file")
     if saved is None:
         if (out / "student").exists():
             raise BadInput(f"{out} holds a student, but no state to go on from: move it away or choose another --out")
@@ -108,19 +88,15 @@ def check_space(out, state, student):
 
 
 def rewind_log(path, step):
-    """Drop what a killed run logged after its last checkpoint, and a torn line. Lines that are no record of a step are
+    """Drop the records of steps that a killed run logged after its last checkpoint, and a torn line. Other lines are
     somebody's remarks, and stay. Returns the run's seconds up to that checkpoint."""
-    text = path.read_bytes() if path.exists() else b""
-    kept, seconds = [], 0
+    text, seconds = path.read_bytes() if path.exists() else b"", 0
+    kept = []
     for line in text.split(b"\n")[:-1]:
-        record = {}
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-        is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-        if not is_record or record["step"] <= step:
+        record = re.match(rb'{"step": (\d+),.*"seconds": ([\d.]+),', line)
+        if not record or int(record[1]) <= step:
             kept.append(line + b"\n")
-        if is_record and record["step"] <= step and isinstance(record.get("seconds"), (int, float)):
-            seconds = record["seconds"]
+            seconds = float(record[2]) if record else seconds
     if text != b"".join(kept):
         write_file(path, lambda p: p.write_bytes(b"".join(kept)))
     return seconds
@@ -184,12 +160,6 @@ def load(folder, state):
             raise BadInput(f"{folder} is not this run's checkpoint ({', '.join(sorted(wrong)[:4])}): move the "
                            "run's folder away to start anew")
         dcp.load(state, storage_reader=reader, no_dist=True)
-
-
-def saved_step(path):
-    """The step, a text, in the metadata of a student's weights; None if the file is missing or not whole."""
-    with contextlib.suppress(BadInput), open_tensors(path) as file:
-        return (file.metadata() or {}).get("step")
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -21,48 +21,23 @@ class BadInput(ValueError):
     """What the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
 
 
-class Stream:
-    """stdout or stderr that never stops the work. A character that its encoding lacks (an emoji in cp1252) is escaped.
-    Once nobody reads it any more (`| head -1`, a closed terminal), the rest goes to /dev/null."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")     # None if it was closed from the start
-        with contextlib.suppress(AttributeError):           # not every replacement is a file
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        return self.attempt(self.stream.flush)
-
-    def attempt(self, action, *args):
-        try:
-            return action(*args)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def command(main):
     """Run the main() of a command. A BadInput is one line and exit code 2, and a warning is one line."""
-    with contextlib.redirect_stdout(Stream(sys.stdout)), contextlib.redirect_stderr(Stream(sys.stderr)):
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            main()
-        except (BadInput, OSError) as error:
-            sys.exit(fail(str(error)))
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            reason = str(error).split(". ")[0]
-            sys.exit(fail(f"out of memory, give half the --micro-batch, or --batch ({reason})"))
-        except KeyboardInterrupt:
-            sys.exit(130)
-        finally:
-            sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                  # an emoji must not end a run in a cp1252 terminal
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        sys.exit(fail(str(error)))
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).split(". ")[0]
+        sys.exit(fail(f"out of memory, give half the --micro-batch, or --batch ({reason})"))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fail(message):
@@ -129,7 +104,7 @@ def flush_to_disk(path):
         try:
             os.fsync(file.fileno())
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno != errno.EINVAL:
                 raise
 
 

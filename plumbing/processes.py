@@ -11,7 +11,6 @@ import datetime
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -66,7 +65,6 @@ def join(rank, world, backend):
     never comes would be waited for in silence. Raises BadInput."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
-    patience.daemon = True
     patience.start()
     try:
         [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
@@ -160,6 +158,9 @@ class Stop:
     def __call__(self, number, _):
         if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
+        if number == getattr(signal, "SIGHUP", None):       # the terminal is closed: nothing can be printed any more
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if self.speaks and not self.asked:
             with contextlib.suppress(OSError):              # not print, which may be at work already
                 os.write(2, b"\nstopping after this step; Ctrl-C now stops at once, without saving\n")
@@ -167,15 +168,10 @@ class Stop:
 
 
 def peak_memory(device):
-    """The most bytes that this process has held: of the GPU's memory, or of the machine's; 0 where nobody says."""
+    """The most bytes that this process has held: of the GPU's memory, or of a Linux machine's; 0 elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":                             # whose getrusage reports the parent's, if that was more
-        return system_memory("self/status", "VmHWM")
-    with contextlib.suppress(ImportError):                  # Windows has no such module
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 0
+    return system_memory("self/status", "VmHWM")
 
 
 def spare_memory():
@@ -194,7 +190,8 @@ def warn_if_busy(device):
     """Say it once, if other work keeps this machine's cores busy: threads of torch then spin for each other."""
     if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
         return
-    if os.getloadavg()[0] > 0.5 * os.cpu_count() and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        warnings.warn(f"other work keeps about {os.getloadavg()[0]:.0f} of {os.cpu_count()} cores busy, and "
-                      "the threads of this run then wait for each other; OMP_NUM_THREADS=1 in front of the command made "
-                      "a step 6 times as fast where two cores were fully busy (0.46 s for 3.0 s)", stacklevel=2)
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load > 0.5 * cores and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        warnings.warn(f"other work keeps about {load:.0f} of {cores} cores busy, and torch's threads then wait for each "
+                      "other: OMP_NUM_THREADS=1 in front of the command made a step 6 times as fast where two of two "
+                      "cores were busy (0.46 s for 3.0 s)", stacklevel=2)

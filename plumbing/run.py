@@ -1,7 +1,7 @@
 """A run of train.py: everything in it that is not the method.
 
-    with open_run(args) as run:                             # processes, device, the folder's lock
-        run.begin(teacher, prompts)                         # the last checkpoint, the other processes
+    with open_run(args) as run:                             # processes, device, precision
+        run.begin(teacher, prompts)                         # the folder's lock and last checkpoint, the other processes
         adam = run.add("student", student.network, lr)      # sharded if asked, and part of the checkpoint
         start = run.restore()
         run.ready(ema, write_student, "summary")
@@ -31,29 +31,24 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoints import (Saver, check_options, check_space, load, lock, newest, rewind_log, saved_step,
-                                  whole_tensors)
+from plumbing.checkpoints import Saver, check_options, check_space, load, lock, newest, rewind_log, whole_tensors
 from plumbing.files import BadInput, out_of_memory, write_file, write_json
 from plumbing.hub import is_embedded
 from plumbing.images import image_grid, noise, to_pil
 from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
                                 reduce_in_backward, shard, together, torchrun, warn_if_busy)
 from plumbing.prompts import Conditions
-from plumbing.weights import WEIGHTS
 
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
-ON_A_GPU = 16               # samples that a GPU holds at once, if its memory allows
 MAX_NORM = 1.0              # to which a network's gradient is clipped
 
 
 @contextlib.contextmanager
 def open_run(args):
     """The Run of train.py's arguments. It ends when the last checkpoint is written. Raises BadInput."""
-    rank, world, local_rank = torchrun()
-    held = lock(args.out) if rank == 0 and not args.dry_run else contextlib.nullcontext()
-    with held, ThreadPoolExecutor(1) as executor:           # writes checkpoints: what is begun is finished in any case
-        yield Run(args, rank, world, local_rank, executor)
+    with contextlib.ExitStack() as stack:
+        yield Run(args, stack)
 
 
 def split_batch(args, world, device):
@@ -63,56 +58,61 @@ def split_batch(args, world, device):
         fits = f"{near} or {near + world}" if near else world
         raise BadInput(f"--batch {args.batch} does not divide over {world} processes: {fits} does")
     local_batch = args.batch // world
-    most = local_batch if is_embedded(args.teacher) else ON_A_GPU if device.type == "cuda" else 4
-    micro_batch = args.micro_batch or math.gcd(local_batch, most)
+    most = 16 if device.type == "cuda" else 4               # on a GPU halved, if its memory does not suffice
+    micro_batch = args.micro_batch or (local_batch if is_embedded(args.teacher) else math.gcd(local_batch, most))
     if local_batch % micro_batch:
         raise BadInput(f"--micro-batch {micro_batch} does not divide {local_batch}, each process's share of --batch")
     return local_batch, micro_batch
 
 
 class Run:
-    """See the top of this file. .device, .dtype: of the passes. .stopped_by_user: whether Ctrl-C ended it."""
+    """See the top of this file. .device, .dtype: of the passes. .interrupted: whether Ctrl-C has ended it."""
 
-    def __init__(self, args, rank, world, local_rank, executor):
-        self.args, self.rank, self.world, self.executor = args, rank, world, executor
+    def __init__(self, args, stack):
+        self.args, self.stack = args, stack
+        self.rank, self.world, local_rank = torchrun()
         self.device = pick_device(args.device, local_rank)
-        self.local_batch, self.micro_batch = split_batch(args, world, self.device)
+        self.local_batch, self.micro_batch = split_batch(args, self.world, self.device)
         args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         self.dtype = PRECISION[args.precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")  # small gradients in
-        self.state, self.networks, self.adams = {}, {}, {}                                      # fp16 would be zero
-        self.stopped_by_user = False
-        warnings.showwarning = warn_once if rank == 0 else lambda *_: None
+        self.state, self.networks, self.adams, self.interrupted = {}, {}, {}, False
+        warnings.showwarning = warn_once if self.rank == 0 else lambda *_: None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
-        if args.shard and world == 1:
+        if args.shard and self.world == 1:
             raise BadInput("--shard splits the networks over several processes: start it with torchrun")
+        # In fp16 small gradients would be zero; the scaler's two tensors are part of the checkpoint.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        if self.scaler.is_enabled():
+            self.scaler._lazy_init_scale_growth_tracker(self.device)
+            self.state |= {"scaler.scale": self.scaler._scale, "scaler.good_steps": self.scaler._growth_tracker}
 
     # ------------------------------------------------------------------------------------------ before the loop
     def begin(self, teacher, prompts):
-        """Find the run's last checkpoint, and meet the other processes. Raises BadInput if the folder holds another
-        run, or if the processes differ in options or teacher."""
+        """Lock the run's folder, find its last checkpoint, and meet the other processes. Raises BadInput if the folder
+        holds another run or is in use, or if the processes differ in options or teacher."""
         args, self.teacher, self.prompts = self.args, teacher, prompts
         self.options = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
         self.options |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                          "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
-        found = 0, None, True                               # the step, its checkpoint, whether its student is saved
+        found = 0, None, self.options
         if self.rank == 0:
+            if not args.dry_run:
+                self.stack.enter_context(lock(args.out))
             start, folder, saved = newest(args.out)
             check_options(args.out, self.options, saved)
-            found = start, folder, not folder or saved_step(args.out / "student" / WEIGHTS) == str(start)
+            found = start, folder, self.options
         if self.world > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             join(self.rank, self.world, "nccl" if self.device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=WAIT)     # for what the host has to know
-            told = [*found, self.options]
+            found = list(found)
             with together(self.rank):
-                dist.broadcast_object_list(told, 0, device=self.device)
-            *found, theirs = told
-            if theirs != self.options:
-                raise BadInput(f"process {self.rank} has other options or another teacher than the first one: "
-                               f"{self.options}")
-        self.start, self.folder, self.student_is_saved = found
+                dist.broadcast_object_list(found, 0, device=self.device)
+        self.start, self.folder, theirs = found
+        if theirs != self.options:
+            raise BadInput(f"process {self.rank} has other options or another teacher than the first: {self.options}")
+        self.executor = self.stack.enter_context(ThreadPoolExecutor(1))     # ends what it writes in any case
         self.encode = Conditions(teacher, prompts)
 
     def add(self, name, network, lr=None, saved=True):
@@ -137,21 +137,10 @@ class Run:
         self.adams[name] = adam
         return adam
 
-    def add_counter(self, name):
-        """A whole number, tensor (), that is saved with the run."""
-        self.state[name] = torch.tensor(0)
-        return self.state[name]
-
     def restore(self):
         """Read the last checkpoint into what was added. Returns the step from which the run goes on, 0 if anew."""
-        if self.scaler.is_enabled():
-            self.state["scaler"] = torch.tensor([self.scaler.get_scale(), 0.0])
         if self.folder:
             load(self.folder, self.state)
-            if self.scaler.is_enabled():
-                scale, good_steps = self.state["scaler"].tolist()
-                self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale,
-                                                                        "_growth_tracker": int(good_steps)})
         if self.world > 1:
             with together(self.rank):                       # some read from a slower disk, or not from a cache
                 dist.monitored_barrier(self.control, timeout=MEETING)
@@ -164,14 +153,15 @@ class Run:
         self.write_student = lambda tensors, step: write_student(args.out / "student", ema, tensors, step=str(step))
         if self.rank > 0:
             return
-        size, student = (sum(tensor.nbytes for tensor in tensors)
-                         for tensors in (self.state.values(), ema.network.parameters()))
-        resuming = f", {'resuming' if self.start < args.steps else 'already'} at step {self.start}" * bool(self.start)
-        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: "
-              f"{sum(p.numel() for p in ema.network.parameters()) / 1e6:.1f} M parameters, {len(self.prompts)} prompts, "
-              f"{args.steps} steps of {args.batch}, {self.micro_batch} at once, {summary}{resuming}; a checkpoint takes "
-              f"{size / 1e9:.2f} GB on disk, three of them while one is written", flush=True)
-        check_space(args.out, size, student)
+        size = sum(tensor.nbytes for tensor in self.state.values())
+        weights = list(ema.network.parameters())
+        resuming = f"; resuming at step {self.start}" if self.start else ""
+        millions = sum(p.numel() for p in weights) / 1e6
+        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {millions:.1f} M "
+              f"parameters, {len(self.prompts)} prompts, {args.steps} steps of {args.batch}, {self.micro_batch} at once, "
+              f"{summary}{resuming}; a checkpoint takes {size / 1e9:.2f} GB on disk, three of them while one is written",
+              flush=True)
+        check_space(args.out, size, sum(p.nbytes for p in weights))
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -180,22 +170,20 @@ class Run:
         args = self.args
         if args.dry_run:
             return
-        self.stop = Stop(speaks=self.rank == 0)
-        if self.rank == 0:
-            write_json(args.out / "config.json", self.options)              # for people
-            self.began = time.time() - rewind_log(args.out / "log.jsonl", self.start)
-        if not self.student_is_saved:                       # a crash came between the state and its student
-            with together(self.rank):
-                tensors = whole_tensors(self.ema.network, self.rank, copy=False)
-            if self.rank == 0:
-                self.write_student(tensors, self.start)
+        self.stop, self.done = Stop(speaks=self.rank == 0), self.start
         with together(self.rank):
             self.saver = Saver(args.out, self.options, self.rank, self.world, self.start, self.executor,
                                self.write_student)
+            tensors = whole_tensors(self.ema.network, self.rank, copy=False)
+        if self.rank == 0:
+            write_json(args.out / "config.json", self.options)              # for people
+            began = time.time() - rewind_log(args.out / "log.jsonl", self.start)
+            self.clock = {"run": began, "log": time.time(), "step": self.start}
+            if self.start:                                  # a crash may have come between the state and its student
+                self.write_student(tensors, self.start)
         if args.samples and self.start < args.steps:
             self.prepare_samples()
-        self.done, self.unchecked, self.sums = self.start, [], {}
-        self.logged_step, self.logged_at = self.start, time.time()
+        self.unchecked = []
         with tqdm(range(self.start, args.steps), initial=self.start, total=args.steps, disable=self.rank > 0,
                   mininterval=1 if sys.stderr.isatty() else 60) as self.bar:
             for step in self.bar:
@@ -206,39 +194,38 @@ class Run:
 
     def zero_grad(self):
         """Forget the gradients and the logged values of the step before."""
-        for network in self.networks.values():
-            for p in network.parameters():
-                p.grad = None
-        self.sums, self.drawn = {}, {}
+        for adam in self.adams.values():
+            adam.zero_grad()
+        self.logged, self.drawn = {}, {}
 
     def micro_batches(self):
         """The numbers of this process's samples of a step, a micro-batch at a time: ranges. If one does not fit into
         memory, and its size was not given, all processes begin the step again with fewer samples at once."""
-        first, end = self.rank * self.local_batch, (self.rank + 1) * self.local_batch
+        begin, end = self.rank * self.local_batch, (self.rank + 1) * self.local_batch
+        first = begin
         while first < end:
             samples = range(first, first + self.micro_batch)
             self.is_last = samples.stop == end
             yield samples
             first = samples.stop
-            if not self.args.micro_batch and self.anywhere(self.out_of_memory):
+            if not self.args.micro_batch and self.anywhere(self.ran_out):
                 self.micro_batch = max(n for n in range(1, self.micro_batch // 2 + 1) if self.local_batch % n == 0)
-                first = self.rank * self.local_batch
+                first = begin
                 self.zero_grad()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                warnings.warn(f"the memory does not suffice: {self.micro_batch} samples at once from here on",
-                              stacklevel=2)
+                warnings.warn(f"memory ran out: from here on {self.micro_batch} samples at once", stacklevel=2)
 
     @contextlib.contextmanager
     def memory_permitting(self):
-        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can halve it."""
-        self.out_of_memory = False
+        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can try with fewer."""
+        self.ran_out = False
         try:
             yield
         except RuntimeError as error:
             if self.args.micro_batch or self.micro_batch == 1 or not out_of_memory(error):
                 raise
-            self.out_of_memory = True
+            self.ran_out = True
 
     def anywhere(self, flag):
         """Whether a flag is set in any process. All of them have to ask."""
@@ -253,7 +240,7 @@ class Run:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def autocast(self):
-        """Mixed precision. Cast weights are not cached: a cast made under no_grad would be used again, and would give no
+        """Mixed precision. Cast weights are not cached: a cast made under no_grad would be used again, without a
         gradient."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
@@ -266,16 +253,12 @@ class Run:
     def log(self, **values):
         """Add to the step's logged values, by name. They are summed over micro-batches and processes."""
         for name, value in values.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.logged[name] = self.logged.get(name, 0) + value.detach()
 
     def log_by_time(self, losses, t):
-        """Log the losses (B,) of samples at times t (B,) by the eighths of 1..T."""
-        bins = (t - 1) * BINS // self.teacher.schedule.T
-        sums = torch.zeros(2, BINS, device=losses.device)
-        sums[0].index_add_(0, bins, losses.detach())
-        sums[1].index_add_(0, bins, torch.ones_like(losses))
-        self.log(by_time=sums)
+        """Log the losses (B,) of samples at times t (B,), for each eighth of 1..T."""
+        bins, sums = (t - 1) * BINS // self.teacher.schedule.T, torch.zeros(2, BINS, device=losses.device)
+        self.log(by_time=sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)])))
 
     def remember(self, **drawn):
         """What was drawn for the step, (B,) each. It is named if a loss turns out not to be finite."""
@@ -283,14 +266,12 @@ class Run:
 
     def update(self, *adams):
         """One step of each optimizer: gradients are summed over the processes, clipped, and given to Adam."""
-        stopping = torch.tensor(float(self.stop.asked or self.saver.failed()))
         if self.world > 1:
             grads = [p.grad for adam in adams for p in adam.param_groups[0]["params"] if not self.args.shard]
             with together(self.rank):
-                for tensor in (*self.sums.values(), *grads):
+                for tensor in (*self.logged.values(), *grads):
                     dist.all_reduce(tensor)
-                dist.all_reduce(stopping, group=self.control)
-        self.stopping, self.norms = stopping > 0, {}
+        self.norms = {}
         for name, adam in self.adams.items():
             if adam in adams:
                 self.scaler.unscale_(adam)
@@ -309,19 +290,15 @@ class Run:
         """After a step: check that it was finite, log it, save and make samples, each where it is due. The host waits
         for the device only then, and in the first step."""
         args, self.done = self.args, step + 1
-        by_time = self.sums.pop("by_time", None)
-        self.unchecked.append((step, self.sums, self.norms, self.drawn))
-        last = self.done == args.steps
+        self.stopping, last = self.anywhere(self.stop.asked or self.saver.failed()), self.done == args.steps
+        by_time = self.logged.pop("by_time", None)
+        self.unchecked.append((step, self.logged, self.norms, self.drawn))
         logging, due = self.done % LOG_EVERY == 0 or last, self.done % args.every == 0 or last
-        if not (logging or due or self.stopping or step == self.start):
-            return
-        self.check_finite()
+        if logging or due or self.stopping or step == self.start:
+            self.check_finite()
         if logging and self.rank == 0:
             self.write_log(by_time)
         if due or self.stopping:
-            if self.scaler.is_enabled():
-                saved = self.scaler.state_dict()
-                self.state["scaler"].copy_(torch.tensor([saved["scale"], saved["_growth_tracker"]]))
             self.saver.save(self.state, self.ema.network, self.done)
         if args.samples and due:
             self.write_samples()
@@ -331,28 +308,29 @@ class Run:
         for step, losses, norms, drawn in self.unchecked:
             overflows = self.scaler.is_enabled() and self.scaler.get_scale() >= 1       # which only lowers the scale
             values = losses if overflows else losses | norms
-            broken = [name for name, value in values.items() if not value.isfinite()]
-            if broken:
-                advice = (f"what {self.args.out} holds is whole: lower --lr or --critic-lr, or take --precision bf16 or "
-                          "fp32, in another --out")
+            if broken := [name for name, value in values.items() if not value.isfinite()]:
+                advice = (f"what {self.args.out} holds is whole: lower --lr or --critic-lr, or take --precision bf16 "
+                          "or fp32, in another --out")
                 if step == 0:
-                    half = ", or fp16: take --precision bf16 or fp32" if self.args.precision == "fp16" else ""
-                    advice = f"no weight has changed yet, so the teacher or its schedule is at fault{half}"
+                    advice = "no weight has changed yet, so the teacher, its schedule or --precision fp16 is at fault"
                 about = "; ".join(f"{name} {[round(v, 2) for v in values.tolist()]}, ..."
                                   for name, values in drawn.items())
                 raise BadInput(f"{' and '.join(broken)} not finite at step {step} ({about}); {advice}")
         self.unchecked.clear()
 
     def write_log(self, by_time):
-        figures = {name: value.item() if value.isfinite() else None for name, value in (self.sums | self.norms).items()}
-        self.bar.set_postfix({name: f"{figures[name]:.4f}" for name in self.sums}, refresh=False)
-        seconds = (time.time() - self.logged_at) / (self.done - self.logged_step)
-        self.logged_step, self.logged_at = self.done, time.time()
-        by_time = [total / n if n else None for total, n in by_time.T.tolist()] if by_time is not None else [None] * BINS
+        """Append a line to log.jsonl. by_time: (2, BINS), sums of the bootstrap loss and numbers of samples, or None."""
+        values = self.logged | self.norms
+        figures = {name: value.item() if value.isfinite() else None for name, value in values.items()}
+        self.bar.set_postfix({name: f"{figures[name]:.4f}" for name in self.logged}, refresh=False)
+        seconds = (time.time() - self.clock["log"]) / (self.done - self.clock["step"])
+        self.clock |= {"log": time.time(), "step": self.done}
         line = {"step": self.done, **figures, "lr": self.adams["student"].param_groups[0]["lr"],
-                "seconds": round(time.time() - self.began, 1), "seconds_a_step": round(seconds, 4),
+                "seconds": round(time.time() - self.clock["run"], 1), "seconds_a_step": round(seconds, 4),
                 "samples_per_s": round(self.args.batch / seconds, 2),
-                "memory_gb": round(peak_memory(self.device) / 1e9, 3), "bootstrap_by_time": by_time}
+                "memory_gb": round(peak_memory(self.device) / 1e9, 3)}
+        if by_time is not None:
+            line["bootstrap_by_time"] = [total / n if n else None for total, n in by_time.T.tolist()]
         with open(self.args.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -370,33 +348,30 @@ class Run:
         """samples/step_N.png: the teacher's samples above the student's."""
         student_row = self.make_samples(functools.partial(self.ema, t=0, w=self.ema.pick_guidance()))
         if self.rank == 0 and self.teacher_row and student_row:
-            grid = image_grid([self.teacher_row, student_row], 96)
-            path = self.args.out / "samples" / f"step_{self.done}.png"
-            write_file(path, functools.partial(grid.save, format="PNG"))
+            save = functools.partial(image_grid([self.teacher_row, student_row], 96).save, format="PNG")
+            write_file(self.args.out / "samples" / f"step_{self.done}.png", save)
 
     @torch.no_grad()
     def make_samples(self, sampler):
         """PIL images of a sampler, callable (eps, **condition) -> latents. If one is not finite, warns and returns [],
         because that is no reason to end a run."""
         images = []
-        try:
-            for first in range(0, len(self.shown_eps), self.micro_batch):
-                rows = slice(first, first + self.micro_batch)
-                condition = {name: value[rows] for name, value in self.shown.items()}
+        for first in range(0, len(self.shown_eps), self.micro_batch):
+            rows = slice(first, first + self.micro_batch)
+            try:
                 with self.autocast():
-                    latents = sampler(self.shown_eps[rows], **condition)
-                    images += to_pil(self.teacher.decode(latents, range(len(self.shown_eps))[rows]))
-        except BadInput as error:
-            warnings.warn(f"no samples: {error}", stacklevel=2)
-            return []
+                    latents = sampler(self.shown_eps[rows], **{name: c[rows] for name, c in self.shown.items()})
+                    images += to_pil(self.teacher.decode(latents, range(first, first + len(latents))))
+            except BadInput as error:
+                warnings.warn(f"no samples: {error}", stacklevel=2)
+                return []
         return images
 
     # ---------------------------------------------------------------------------------------------------- the end
     def finish(self):
         """Wait for the last checkpoint, and say how it goes on."""
-        args, teacher = self.args, self.teacher
+        args, teacher, self.interrupted = self.args, self.teacher, self.stop.interrupted
         self.saver.wait()
-        self.stopped_by_user = self.stop.interrupted
         if self.world > 1:
             dist.destroy_process_group()
         if self.rank == 0 and self.done < args.steps:

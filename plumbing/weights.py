@@ -1,6 +1,6 @@
 """Weights: strict loading of safetensors files. Pickles are refused.
 
-    unet = load_module(UNet, folder / "unet", "cuda", torch.bfloat16)           # config.json and weights, one or sharded
+    unet = load_module(UNet, folder / "unet", "cuda", torch.bfloat16)           # of config.json and one or more files
     network = build(UNet, config, tensors, where)                               # exactly these tensors, or BadInput
 """
 
