@@ -8,11 +8,12 @@
 
 import contextlib
 import io
+import json
 import os
 from collections import namedtuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from plumbing.files import BadInput
@@ -83,6 +84,8 @@ def read_about(path):
     try:
         with Image.open(path) as image:
             about = image.info
+            if image.format == "WEBP":                      # a film
+                about = json.loads(image.getexif()[ExifTags.Base.ImageDescription])
     except Exception:                                       # Pillow raises many kinds for files that it can't read
         about = {}
     if not {"weights", "prompt"} <= about.keys():
@@ -95,8 +98,8 @@ Job = namedtuple("Job", "file prompt seed guidance")        # one image: the nam
 
 
 def list_jobs(num, seeds, prompts, scales):
-    """The images in the order of a sheet, row by row; a row has all prompts, each at all the scales. A single seed counts
-    on, over `num` rows: image N has seed + N. Several seeds have a row each."""
+    """The images in the order of a sheet, row by row. A row has all prompts, each at all the scales. A single seed
+    counts on, over `num` rows: image N has seed + N. Several seeds have a row each."""
     several, jobs, digits = len(seeds) > 1, [], len(str(len(prompts) - 1))
     for row, first in enumerate(seeds if several else seeds * num):
         for k, prompt in enumerate(prompts):
