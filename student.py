@@ -125,10 +125,10 @@ def new_critic(student):
 
 
 # ------------------------------------------------------------------------------------------------------ the folder
-def save_student(folder, student, tensors=None, dtype=torch.float32, **metadata):
+def save_student(folder, student, tensors=None, step=None, dtype=torch.float32):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
     what this code needs to call the student. tensors: its weights, where they are not those that the network has now.
-    metadata: texts that the weights' file keeps. Raises BadInput."""
+    step: of the training, for the file's metadata. Raises BadInput."""
     folder, teacher = Path(folder), student.teacher
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in (tensors or student.network.state_dict()).items()}
@@ -136,7 +136,8 @@ def save_student(folder, student, tensors=None, dtype=torch.float32, **metadata)
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt", **metadata}))
+    metadata = {"format": "pt"} if step is None else {"format": "pt", "step": str(step)}
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
@@ -169,18 +170,12 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     with parsing(path):
         check("input_time", i, [Number(int, 1, teacher.schedule.T)])
     network, own = load_module(UNet, folder, device, dtype), fingerprint(weight_files(folder), teacher.schedule, i)
-    student = Student(network, teacher, i, w, own)
-    with parsing(folder / "config.json"):
-        check_network(student)
-    return student
-
-
-def check_network(student):
-    """Raise ValueError unless a student's network is its teacher's, with what a student has beyond it."""
-    teacher, own = student.teacher, student.network.settings
-    for key, value in own.items():
-        expected = "timestep" if key == f"{target_slot(own)}_embed_type" else teacher.settings[key]
-        if key == "time_cond_proj_dim":
-            check(key, value, "null, but for a range of guidance", bool(value) == student.ranged)
-        elif key != "time_cond_fastest":                    # it goes along with time_cond_proj_dim
-            check(key, value, f"{expected!r}, of a student of teacher {teacher.spec}", value == expected)
+    with parsing(folder / "config.json"):                   # the student's network is the teacher's, and has its inputs
+        for key, value in network.settings.items():
+            if key == f"{target_slot(teacher.settings)}_embed_type":
+                check(key, value, ["timestep"])
+            elif not key.startswith("time_cond"):
+                check(key, value, f"{teacher.settings[key]!r}, as the teacher has", value == teacher.settings[key])
+        width = network.settings["time_cond_proj_dim"]
+        check("time_cond_proj_dim", width, "null, but for a range of guidance", bool(width) == isinstance(w, list))
+    return Student(network, teacher, i, w, own)

@@ -68,19 +68,16 @@ class Teacher:
         self.decoder = fingerprint(weight_files(self.folder / "vae"), self.schedule, None)
         self.text_encoder = load_module(TextEncoder, self.folder / "text_encoder", self.device, self.dtype, "model")
         text, vocab, channels = self.text_encoder.settings, self.tokenizer.vocab, self.vae.settings["latent_channels"]
+        width, length = text["hidden_size"], self.tokenizer.length
         with parsing(self.unet_folder / "config.json"):
-            check("in_channels", config["in_channels"], f"{channels}, the VAE's latent_channels",
-                  config["in_channels"] == channels)
-            check("cross_attention_dim", config["cross_attention_dim"],
-                  f"{text['hidden_size']}, the text encoder's width",
-                  set(config["cross_attention_dim"]) == {text["hidden_size"]})
+            check("in_channels", config["in_channels"], [channels])                     # as the VAE has
+            for value in config["cross_attention_dim"]:
+                check("cross_attention_dim", value, [width])                            # as the text encoder has
         with parsing(self.folder / "text_encoder"):
-            check("max_position_embeddings", text["max_position_embeddings"],
-                  f"{self.tokenizer.length} or more, the tokenizer's model_max_length",
-                  text["max_position_embeddings"] >= self.tokenizer.length)
-            check("vocab_size", text["vocab_size"], f"{len(vocab)}, the tokens of {self.folder / 'tokenizer'} with "
-                  "those that were added (resize_token_embeddings gives each its embedding)",
-                  len(vocab) == text["vocab_size"] > max(vocab.values()))
+            positions, tokens = text["max_position_embeddings"], text["vocab_size"]
+            check("max_position_embeddings", positions, f"{length} or more, for the tokenizer", positions >= length)
+            check("vocab_size", tokens, f"{len(vocab)}, for all tokens of tokenizer/ with those that were added "
+                  "(resize_token_embeddings)", len(vocab) == tokens > max(vocab.values()))
 
     def use_decoder(self, spec):
         """From now on decode by the small VAE (AutoencoderTiny) in a folder or hub repository. Raises BadInput."""
@@ -88,12 +85,10 @@ class Teacher:
             raise BadInput(f"teacher {self.spec} makes pixels: it needs no decoder")
         folder, _ = find(spec)
         small, own = load_module(TinyVAE, folder, self.device, self.dtype), self.vae.settings
-        levels = len(own["block_out_channels"])
         with parsing(folder / "config.json"):
-            check("latent_channels", small.settings["latent_channels"], f"{own['latent_channels']}, as the VAE has",
-                  small.settings["latent_channels"] == own["latent_channels"])
-            check("num_decoder_blocks", small.settings["num_decoder_blocks"], f"{levels} levels, as the VAE has",
-                  len(small.settings["num_decoder_blocks"]) == levels)
+            check("latent_channels", small.settings["latent_channels"], [own["latent_channels"]])
+            check("levels of num_decoder_blocks", len(small.settings["num_decoder_blocks"]),
+                  [len(own["block_out_channels"])])
         self.vae, self.decoder = small, fingerprint(weight_files(folder), self.schedule, None)
 
     @functools.cached_property

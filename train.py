@@ -22,24 +22,24 @@ import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
 from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, parsing
+from plumbing.files import command, parsing
 from plumbing.hub import EMBEDDED, HUB, is_embedded, last_name
 from plumbing.processes import PRECISION
 from plumbing.prompts import readable, training_prompts
-from plumbing.run import open_run
+from plumbing.run import Run
 from signal_ode import add_noise, boot_losses
 from student import new_critic, new_student, save_student, set_trainable
 from teacher import load_teacher
 
-INPUT_NOISE = 2.27          # an epsilon student's input time i is where sigma_i / alpha_i is this: found by trial
-DECAY = 0.6                 # the last part of BOOT's steps, and of matching's, over which the rate falls linearly
-MATCH_LR = 1 / 5            # the rate of matching as a share of --lr; BOOT's rate falls to it
-BOUNDARY_EVERY = 4          # every 4th sample has a boundary loss: it is learned fast, and costs another sample's passes
-BOOT_EVERY = 5              # once the student is matched, every 5th step still has BOOT's losses
-BETA_1 = 0.9                # Adam's beta_1 before matching,
-MATCH_BETA_1 = 0.0          # and from there on: with momentum, critic and student lag behind each other
-MATCH_TIMES = 0.02, 0.98    # tau is drawn between these, times T
-# What suits an embedded teacher, which is a miniature, and what suits a published one, where no option says otherwise
+INPUT_NOISE = 2.27          # An epsilon student's input time is where sigma / alpha is this. It was found by trial.
+DECAY = 0.6                 # The rate falls linearly over this last part of BOOT's steps, and of matching's.
+MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's rate falls to it.
+BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. It is learned fast, and it costs extra passes.
+BOOT_EVERY = 5              # Once the student is matched, every 5th step still has BOOT's losses.
+BETA_1 = 0.9                # This is Adam's beta_1 before matching.
+MATCH_BETA_1 = 0.0          # And this is it from there on. With momentum, critic and student lag behind each other.
+MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
+# What suits an embedded teacher, which is a miniature, and what suits a published one, where no option says otherwise.
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
     "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500)}
@@ -115,6 +115,12 @@ def guidance_scale(text):
     return scales if len(scales) == 2 else scales[0]
 
 
+def default(name, teacher):
+    """What DEFAULTS has for a teacher of this name or folder."""
+    embedded, published = DEFAULTS[name]
+    return embedded if is_embedded(teacher) else published
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -122,9 +128,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.negative_prompt = readable(args.negative_prompt)
     args.out = args.out or Path("runs") / last_name(args.teacher)
-    for name, (embedded, published) in DEFAULTS.items():
+    for name in DEFAULTS:
         if getattr(args, name) is None and name != "guidance":          # the teacher may have none: resolve_defaults
-            setattr(args, name, embedded if is_embedded(args.teacher) else published)
+            setattr(args, name, default(name, args.teacher))
     with parsing("train.py"):
         for name, limits in LIMITS.items():
             if getattr(args, name) is not None:
@@ -140,9 +146,7 @@ def resolve_defaults(args, teacher):
         quieter = (schedule.lam(torch.arange(1, T)) < math.log(INPUT_NOISE)).sum().item()
         args.input_time = quieter + 1 if schedule.prediction == "epsilon" else T
     if args.guidance is None:
-        embedded, published = DEFAULTS["guidance"]
-        args.guidance = embedded if is_embedded(args.teacher) else published
-        args.guidance = 1.0 if teacher.uncond is None else args.guidance
+        args.guidance = 1.0 if teacher.uncond is None else default("guidance", args.teacher)
     if args.guidance == 1 and args.negative_prompt:
         warnings.warn("--negative-prompt has no effect with --guidance 1, which is no guidance", stacklevel=2)
     with parsing("train.py"):
@@ -226,7 +230,8 @@ def train(args, run):
     start = run.restore()
     critic_from, match_from = begin_of_matching(args, start, int(critic_steps) if args.match else 0)
     matched = f"matched after {match_from}" if match_from < args.steps else "not matched"
-    run.ready(ema, save_student, f"guidance {args.guidance}, input time {args.input_time}, {matched}")
+    write_student = functools.partial(save_student, args.out / "student", ema)
+    run.ready(ema, write_student, f"guidance {args.guidance}, input time {args.input_time}, {matched}")
     schedule, T = teacher.schedule, teacher.schedule.T
     delta = round(T / args.num_steps)                       # what a bootstrap step spans
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
@@ -297,7 +302,7 @@ def train(args, run):
 
 def main():
     args = parse_args()
-    with open_run(args) as run:
+    with Run(args) as run:
         train(args, run)
     if run.interrupted:
         sys.exit(130)                                       # so that `train && evaluate` ends here

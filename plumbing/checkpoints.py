@@ -3,8 +3,7 @@
     with lock(out):                                         # nobody else trains there
         step, folder, options = newest(out)                 # the last whole checkpoint
         load(folder, state)
-        saver = Saver(...)
-        saver.save(state, network, step)                    # state/step_N, and then student/
+        save(out, step, state, network, ...)                # state/step_N, and then student/
 
 A checkpoint is a folder of safetensors, of which every process writes its part (torch.distributed.checkpoint), and
 checkpoint.json: the options that made it, and the sha256 of each file. Any number of processes can read it. It gets its
@@ -21,17 +20,16 @@ import socket
 import time
 import warnings
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub.utils import WeakFileLock
 from torch.distributed.tensor import DTensor
 
 from plumbing.files import BadInput, parsing, read_json, write_file, write_json
-from plumbing.processes import MEETING, full, local, spare_memory, together
+from plumbing.processes import full, local
 
 INFO = "checkpoint.json"
-FILE_SIZE = 2**29                               # bytes of a file of a checkpoint, of which there is a copy in memory
+FILE_SIZE = 2**29           # bytes of a file of a checkpoint, of which there is a copy in memory
 # Options that may change when a run is resumed, because they do not change the student beyond rounding
 FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "shard", "every", "samples"}
 
@@ -163,75 +161,36 @@ def load(folder, state):
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
-class Saver:
-    """Writes checkpoints one at a time, beside the computation where the machine has memory for a copy of them. All
-    processes call it at the same steps. Errors of writing are raised by the next call: BadInput.
-    executor: a thread. write_student: callable (tensors, step) that writes the student's folder."""
-
-    def __init__(self, out, options, rank, world, step, executor, write_student):
-        self.out, self.options, self.rank, self.world, self.step = out, options, rank, world, step
-        # A group of the thread's own, in which those who have written their part wait for the slowest
-        self.group = dist.new_group(backend="gloo", timeout=MEETING) if world > 1 else None
-        self.executor, self.write_student, self.pending = executor, write_student, None
-
-    def save(self, state, network, step):
-        """Save the state, and after it the student's network, so that there is no student without its state."""
-        self.wait()
-        broken = next((name for name, tensor in state.items() if not local(tensor).isfinite().all()), None)
-        if broken:
-            raise BadInput(f"{broken} is not finite after step {step}; what {self.out} holds is whole: lower --lr or "
-                           "--critic-lr, in another --out")
-        # Of sharded tensors every process writes its part; the other tensors are dealt out in equal shares.
-        *ends, total = itertools.accumulate((tensor.nbytes for tensor in state.values()), initial=0)
-        part = {name: tensor for (name, tensor), end in zip(state.items(), ends)
-                if end * self.world // total == self.rank or isinstance(tensor, DTensor)}
-        files = {name: 1 + end // FILE_SIZE for name, end in zip(state, ends)}
-        folder = self.out / "state" / f"step_{step}.new"
-        storage = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-        beside = torch.tensor(spare_memory() > 2 * total, dtype=torch.int32)
-        if self.world > 1:
-            dist.all_reduce(beside, dist.ReduceOp.MIN, self.group)          # all do it, or none
-        write = dcp.async_save if beside else dcp.save
-        tensors = whole_tensors(network, self.rank, copy=bool(beside))
-        with writing(folder):
-            done = write(part, storage_writer=storage, process_group=self.group, no_dist=self.world == 1)
-        self.pending = self.executor.submit(self.complete, done if beside else None, folder, tensors, step)
-        if not beside:
-            self.wait()
-
-    def complete(self, done, folder, tensors, step):
-        """Wait until all parts are on disk, and let the checkpoint count. Nobody goes on before rank 0 has done so."""
-        with writing(folder):
-            if done:
-                done.result()
-        if self.rank == 0:
-            self.publish(folder, tensors, step)
-        if self.world > 1:
-            dist.barrier(self.group)
-
-    def publish(self, folder, tensors, step):
-        """Give a checkpoint on disk its checksums and its name, write the student, and remove what is too old."""
-        with writing(folder):
-            files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-            write_json(folder / INFO, {"options": self.options, "files": files})
-            final = folder.with_suffix("")
+def save(out, step, state, network, options, write_student, rank=0, world=1, group=None):
+    """Write the checkpoint of a step, and after it the student, so that there is no student without its state. The last
+    two checkpoints are kept. All processes of the group call it together, each writes its part, and none goes on before
+    all of it is on disk. Raises BadInput, and then the checkpoint before is whole.
+    `network`: the student's. `write_student`: callable (tensors, step)."""
+    broken = next((name for name, tensor in state.items() if not local(tensor).isfinite().all()), None)
+    if broken:
+        raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr or "
+                       "--critic-lr, in another --out")
+    # Of sharded tensors every process writes its part; the other tensors are dealt out in equal shares.
+    *ends, total = itertools.accumulate((tensor.nbytes for tensor in state.values()), initial=0)
+    part = {name: tensor for (name, tensor), end in zip(state.items(), ends)
+            if end * world // total == rank or isinstance(tensor, DTensor)}
+    files = {name: 1 + end // FILE_SIZE for name, end in zip(state, ends)}
+    folder, final = out / "state" / f"step_{step}.new", out / "state" / f"step_{step}"
+    storage = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    tensors = whole_tensors(network, rank)
+    with writing(folder):
+        dcp.save(part, storage_writer=storage, process_group=group, no_dist=world == 1)
+        if rank == 0:
+            sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+            write_json(folder / INFO, {"options": options, "files": sums})
             shutil.rmtree(final, ignore_errors=True)        # a damaged one
             folder.rename(final)
-        for old, path in checkpoints(self.out).items():
-            if old not in (step, self.step):                # the last two are kept
-                shutil.rmtree(path, ignore_errors=True)
-        self.write_student(tensors, step)
-        self.step = step
-
-    def wait(self):
-        """Wait until the last checkpoint is written. Raises BadInput if it could not be."""
-        if self.pending:
-            with together(self.rank):
-                self.pending.result()
-
-    def failed(self):
-        """Whether the last checkpoint could not be written."""
-        return bool(self.pending and self.pending.done() and self.pending.exception())
+    if rank == 0:
+        write_student(tensors, step)
+        for old in list(checkpoints(out).values())[2:]:
+            shutil.rmtree(old, ignore_errors=True)
+    if world > 1:
+        dist.barrier(group)
 
 
 @contextlib.contextmanager
@@ -248,11 +207,11 @@ def writing(folder):
         raise BadInput(f"can't write {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def whole_tensors(network, rank, copy):
+def whole_tensors(network, rank):
     """{name: tensor} of a network, whole, on the CPU, for rank 0. The other processes have to take part, and get {}."""
     tensors = {}
     for name, tensor in network.state_dict().items():
         tensor = full(tensor.detach())
         if rank == 0:
-            tensors[name] = tensor.to("cpu", copy=copy)
+            tensors[name] = tensor.cpu()
     return tensors

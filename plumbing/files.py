@@ -65,13 +65,27 @@ def parsing(where):
         raise BadInput(f"{where}: {error}") from None
 
 
-def read_json(path, kind=dict):
-    """The value in a JSON file, which must be of this kind. Raises BadInput."""
+def read_text(path):
+    """The text of a UTF-8 file. Raises BadInput."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path, kind=dict, default=None):
+    """The value in a JSON file, which must be of this kind; the default, if there is one, for a missing file. Raises
+    BadInput."""
+    if default is not None and not Path(path).exists():
+        return default
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(value, kind):
         raise BadInput(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")

@@ -85,7 +85,7 @@ def read_unet(folder):
 def read_labels(folder, num):
     """{name: number} of num classes. model_index.json may name them by id2label, as DiT's does; "" is no class."""
     path = folder / "model_index.json"
-    names, labels = (read_json(path) if path.exists() else {}).get("id2label") or {}, {}
+    names, labels = read_json(path, default={}).get("id2label") or {}, {}
     with parsing(path):
         good = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
         check("id2label", names, 'names by number, {"0": "cat", ...}', good)

@@ -174,11 +174,6 @@ def peak_memory(device):
     return system_memory("self/status", "VmHWM")
 
 
-def spare_memory():
-    """Bytes of the machine's memory that nobody uses; 0 where the system doesn't say."""
-    return system_memory("meminfo", "MemAvailable")
-
-
 def system_memory(name, field):
     """Bytes that Linux reports in a field of /proc/NAME; 0 elsewhere."""
     with contextlib.suppress(OSError, ValueError, StopIteration), open(f"/proc/{name}") as file:
@@ -192,6 +187,6 @@ def warn_if_busy(device):
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > 0.5 * cores and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        warnings.warn(f"other work keeps about {load:.0f} of {cores} cores busy, and torch's threads then wait for each "
-                      "other: OMP_NUM_THREADS=1 in front of the command made a step 6 times as fast where two of two "
-                      "cores were busy (0.46 s for 3.0 s)", stacklevel=2)
+        warnings.warn(f"other work keeps about {load:.0f} of {cores} cores busy, and torch's threads then wait for "
+                      "each other: OMP_NUM_THREADS=1 in front of the command made a step 6 times as fast where two of "
+                      "two cores were busy (0.46 s for 3.0 s)", stacklevel=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import BadInput, read_json
+from plumbing.files import BadInput, read_json, read_text
 
 FEW = 2**11         # so many prompts, or fewer, are encoded once
 
@@ -26,14 +26,7 @@ def readable(text):
 
 def read_prompts(path):
     """The lines of a UTF-8 prompt file that are not blank. Raises BadInput."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # other separators belong to the prompt
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; --prompts takes a text file with one prompt a line") from None
-    except OSError as error:
-        raise BadInput(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from None
+    lines = read_text(path).split("\n")                      # other separators belong to the prompt
     prompts = [line.strip(" \t") for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path} holds no prompt; it takes one a line")

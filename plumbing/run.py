@@ -1,6 +1,6 @@
 """A run of train.py: everything in it that is not the method.
 
-    with open_run(args) as run:                             # processes, device, precision
+    with Run(args) as run:                                  # processes, device, precision
         run.begin(teacher, prompts)                         # the folder's lock and last checkpoint, the other processes
         adam = run.add("student", student.network, lr)      # sharded if asked, and part of the checkpoint
         start = run.restore()
@@ -25,30 +25,22 @@ import shlex
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoints import Saver, check_options, check_space, load, lock, newest, rewind_log, whole_tensors
+from plumbing.checkpoints import check_options, check_space, load, lock, newest, rewind_log, save, whole_tensors
 from plumbing.files import BadInput, out_of_memory, write_file, write_json
 from plumbing.hub import is_embedded
 from plumbing.images import image_grid, noise, to_pil
-from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
+from plumbing.processes import (MEETING, PRECISION, Stop, full, join, local, peak_memory, pick_device,
                                 reduce_in_backward, shard, together, torchrun, warn_if_busy)
 from plumbing.prompts import Conditions
 
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
 MAX_NORM = 1.0              # to which a network's gradient is clipped
-
-
-@contextlib.contextmanager
-def open_run(args):
-    """The Run of train.py's arguments. It ends when the last checkpoint is written. Raises BadInput."""
-    with contextlib.ExitStack() as stack:
-        yield Run(args, stack)
 
 
 def split_batch(args, world, device):
@@ -65,17 +57,19 @@ def split_batch(args, world, device):
     return local_batch, micro_batch
 
 
-class Run:
-    """See the top of this file. .device, .dtype: of the passes. .interrupted: whether Ctrl-C has ended it."""
+class Run(contextlib.ExitStack):
+    """See the top of this file. As an ExitStack it gives up the folder's lock in the end, however that comes.
+    .device, .dtype: of the passes. .interrupted: whether Ctrl-C has ended the run."""
 
-    def __init__(self, args, stack):
-        self.args, self.stack = args, stack
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
         self.rank, self.world, local_rank = torchrun()
         self.device = pick_device(args.device, local_rank)
         self.local_batch, self.micro_batch = split_batch(args, self.world, self.device)
         args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         self.dtype = PRECISION[args.precision]
-        self.state, self.networks, self.adams, self.interrupted = {}, {}, {}, False
+        self.state, self.networks, self.adams, self.control, self.interrupted = {}, {}, {}, None, False
         warnings.showwarning = warn_once if self.rank == 0 else lambda *_: None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
         if args.shard and self.world == 1:
@@ -97,7 +91,7 @@ class Run:
         found = 0, None, self.options
         if self.rank == 0:
             if not args.dry_run:
-                self.stack.enter_context(lock(args.out))
+                self.enter_context(lock(args.out))
             start, folder, saved = newest(args.out)
             check_options(args.out, self.options, saved)
             found = start, folder, self.options
@@ -105,14 +99,13 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             join(self.rank, self.world, "nccl" if self.device.type == "cuda" else "gloo")
-            self.control = dist.new_group(backend="gloo", timeout=WAIT)     # for what the host has to know
+            self.control = dist.new_group(backend="gloo", timeout=MEETING)  # what the host has to know, and saving
             found = list(found)
             with together(self.rank):
                 dist.broadcast_object_list(found, 0, device=self.device)
         self.start, self.folder, theirs = found
         if theirs != self.options:
             raise BadInput(f"process {self.rank} has other options or another teacher than the first: {self.options}")
-        self.executor = self.stack.enter_context(ThreadPoolExecutor(1))     # ends what it writes in any case
         self.encode = Conditions(teacher, prompts)
 
     def add(self, name, network, lr=None, saved=True):
@@ -148,9 +141,8 @@ class Run:
 
     def ready(self, ema, write_student, summary):
         """Say what begins, and check that its checkpoints have room. ema: the Student that is saved and that makes the
-        samples. write_student: callable (folder, ema, tensors, step=text)."""
-        args, self.ema = self.args, ema
-        self.write_student = lambda tensors, step: write_student(args.out / "student", ema, tensors, step=str(step))
+        samples. write_student: callable (tensors, step)."""
+        args, self.ema, self.write_student = self.args, ema, write_student
         if self.rank > 0:
             return
         size = sum(tensor.nbytes for tensor in self.state.values())
@@ -158,9 +150,9 @@ class Run:
         resuming = f"; resuming at step {self.start}" if self.start else ""
         millions = sum(p.numel() for p in weights) / 1e6
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {millions:.1f} M "
-              f"parameters, {len(self.prompts)} prompts, {args.steps} steps of {args.batch}, {self.micro_batch} at once, "
-              f"{summary}{resuming}; a checkpoint takes {size / 1e9:.2f} GB on disk, three of them while one is written",
-              flush=True)
+              f"parameters, {len(self.prompts)} prompts, {args.steps} steps of {args.batch}, {self.micro_batch} at "
+              f"once, {summary}{resuming}; a checkpoint takes {size / 1e9:.2f} GB on disk, and there are three of "
+              "them while one is written", flush=True)
         check_space(args.out, size, sum(p.nbytes for p in weights))
         warn_if_busy(self.device)
 
@@ -171,10 +163,7 @@ class Run:
         if args.dry_run:
             return
         self.stop, self.done = Stop(speaks=self.rank == 0), self.start
-        with together(self.rank):
-            self.saver = Saver(args.out, self.options, self.rank, self.world, self.start, self.executor,
-                               self.write_student)
-            tensors = whole_tensors(self.ema.network, self.rank, copy=False)
+        tensors = whole_tensors(self.ema.network, self.rank)
         if self.rank == 0:
             write_json(args.out / "config.json", self.options)              # for people
             began = time.time() - rewind_log(args.out / "log.jsonl", self.start)
@@ -290,7 +279,7 @@ class Run:
         """After a step: check that it was finite, log it, save and make samples, each where it is due. The host waits
         for the device only then, and in the first step."""
         args, self.done = self.args, step + 1
-        self.stopping, last = self.anywhere(self.stop.asked or self.saver.failed()), self.done == args.steps
+        self.stopping, last = self.anywhere(self.stop.asked), self.done == args.steps
         by_time = self.logged.pop("by_time", None)
         self.unchecked.append((step, self.logged, self.norms, self.drawn))
         logging, due = self.done % LOG_EVERY == 0 or last, self.done % args.every == 0 or last
@@ -299,7 +288,9 @@ class Run:
         if logging and self.rank == 0:
             self.write_log(by_time)
         if due or self.stopping:
-            self.saver.save(self.state, self.ema.network, self.done)
+            with together(self.rank):
+                save(args.out, self.done, self.state, self.ema.network, self.options, self.write_student, self.rank,
+                     self.world, self.control)
         if args.samples and due:
             self.write_samples()
 
@@ -369,9 +360,8 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------- the end
     def finish(self):
-        """Wait for the last checkpoint, and say how it goes on."""
+        """Leave the other processes, and say how it goes on."""
         args, teacher, self.interrupted = self.args, self.teacher, self.stop.interrupted
-        self.saver.wait()
         if self.world > 1:
             dist.destroy_process_group()
         if self.rank == 0 and self.done < args.steps:

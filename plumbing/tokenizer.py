@@ -7,13 +7,15 @@ Equal to the reference, transformers' CLIPTokenizer, on all text that the Unicod
 """
 
 import bisect
-import json
+import math
 import re
 import unicodedata
 import warnings
 from pathlib import Path
 
 import torch
+
+from plumbing.files import read_json, read_text
 
 # Vocabularies are written in visible characters, one for each byte: the one of Latin-1 or, where that is a blank or
 # a control, one from 256 on.
@@ -35,62 +37,40 @@ NO_NEW_MARK = re.compile(
     r"\U00010d24-\U00010f85\U00011070\U0001133b\U0001145e\U00011839-\U00011a99\U00011d42-\U00011d97"
     r"\U00016ff0-\U00016ff1\U0001e130-\U0001e2ef]+")
 
+
 def normalize(text):
     """Composed (NFC), with one space for blanks, lower-cased a character at a time: "ΟΣ".lower() has ς, CLIP σ."""
     composed = NO_NEW_MARK.sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
     return "".join(map(str.lower, BLANKS.sub(" ", composed)))
 
-def cut(text, tokens):
+
+def split_at(text, tokens):
     """The parts of a text: the tokens that are written in it, of those that begin alike the longest, and the rest."""
     longest = sorted(tokens, key=len, reverse=True)
     return re.split("(" + "|".join(map(re.escape, longest)) + ")", text) if tokens else [text]
 
+
 def merge(word, rank):
-    """Byte-pair encoding: merge the pair of lowest rank, everywhere from left to right, until no pair has a rank.
-    word: str of visible characters; rank: (str, str) -> int. Returns its parts, a list of str. The parts are a
-    linked list, and places has each rank's pairs, so that a merge does not scan the word: a megabyte takes seconds."""
-    parts = [*word[:-1], word[-1] + "</w>", ""]         # a last, empty part, which is in no pair, ends the list
-    before = [len(word), *range(len(word))]
-    after = [*range(1, len(word) + 1), 0]
-    places = {}                                         # rank -> where the pair of this rank begins
-    for i, pair in enumerate(zip(parts, parts[1:])):
-        if pair in rank:
-            places.setdefault(rank[pair], []).append(i)
-    while places:
-        lowest = min(places)
-        for i in sorted(places.pop(lowest)):
-            j = after[i]
-            if rank.get((parts[i], parts[j])) != lowest:            # one of the two has been merged since
-                continue
-            parts[i] += parts[j]
-            parts[j] = ""
-            after[i] = after[j]
-            before[after[j]] = i
-            for left in (before[i], i):
-                pair = parts[left], parts[after[left]]
-                if pair in rank:
-                    places.setdefault(rank[pair], []).append(left)
-    return [part for part in parts if part]
+    """Byte-pair encoding of a word, a str of visible characters: its parts, a list of str. The pair of lowest rank is
+    merged, everywhere from left to right, until no pair has a rank. rank: {(str, str): int}."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    while len(parts) > 1:
+        lowest = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
+        if lowest not in rank:
+            break
+        merged = []
+        for part in parts:
+            if merged and (merged[-1], part) == lowest:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        parts = merged
+    return parts
 
-def read(path, parse, default=None):
-    """The file's text, parsed; the default, if there is one, for a missing file. Raises ValueError, with the file's
-    name, if it is missing or broken."""
-    if default is not None and not path.exists():
-        return default
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
-
-def parse_object(text):
-    """A JSON object. Raises ValueError for another JSON value."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    return value
 
 NAMED = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
          "pad_token": "<|endoftext|>"}
+
 
 def special_tokens(config):
     """The entries {"content": str, ...} of the tokens that a config names: those of NAMED, then any others."""
@@ -99,6 +79,7 @@ def special_tokens(config):
     tokens = [*(config.get(name) or NAMED[name] for name in NAMED), *(config[name] for name in others), *more]
     tokens = [{"content": token} if isinstance(token, str) else token for token in tokens]
     return [{**token, "special": True} for token in tokens if isinstance(token, dict)]      # not add_bos_token: true
+
 
 class Tokenizer:
     """B prompts -> ids (B, length), int64. Special and added tokens that are written in a prompt count as such.
@@ -148,25 +129,24 @@ class Tokenizer:
         """From tokenizer_config.json and either tokenizer.json, which transformers 5 writes, or vocab.json, merges.txt.
         Where the config has no added_tokens_decoder, special_tokens_map.json (SD 2.1 pads with "!"),
         added_tokens.json and tokenizer.json say what it lacks, as they do to the reference, if they are there.
-        Raises ValueError, with the file's name, if a file is missing or broken."""
+        Raises BadInput, with the file's name, if a file is missing or broken."""
         folder = Path(folder)
-        config = read(folder / "tokenizer_config.json", parse_object)
-        whole = read(folder / "tokenizer.json", parse_object, {})
+        config = read_json(folder / "tokenizer_config.json")
+        whole = read_json(folder / "tokenizer.json", default={})
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
         else:
-            vocab = read(folder / "vocab.json", parse_object)
-            merges = read(folder / "merges.txt", lambda text: text.split("\n"))
+            vocab, merges = read_json(folder / "vocab.json"), read_text(folder / "merges.txt").split("\n")
             merges = [line for line in merges if line.strip() and not line.startswith("#version")]
         merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
         if "added_tokens_decoder" not in config:
             if not config.get("extra_special_tokens"):
                 config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
-            config |= read(folder / "special_tokens_map.json", parse_object, {})
+            config |= read_json(folder / "special_tokens_map.json", default={})
             # Here the reference takes additional_special_tokens for ordinary ones, if special_tokens_map.json has them.
             special = {token["content"] for token in special_tokens({**config, "additional_special_tokens": None})}
             added = {index: {"content": token, "special": token in special}
-                     for token, index in read(folder / "added_tokens.json", parse_object, {}).items()}
+                     for token, index in read_json(folder / "added_tokens.json", default={}).items()}
             added |= {token["id"]: token for token in whole.get("added_tokens", [])}
             config["added_tokens_decoder"] = added
         return cls(vocab, merges, config)
@@ -198,11 +178,11 @@ class Tokenizer:
         if chunk in self.cache:
             return self.cache[chunk]
         ids = []
-        for part in cut(chunk, self.exact):
+        for part in split_at(chunk, self.exact):
             if part in self.exact:
                 ids.append(self.exact[part])
                 continue
-            for text in cut(normalize(part), self.loose):
+            for text in split_at(normalize(part), self.loose):
                 if text in self.loose:
                     ids.append(self.loose[text])
                     continue

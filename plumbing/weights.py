@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import BadInput, read_json
+from plumbing.files import BadInput, parsing, read_json
 
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"
@@ -70,13 +70,8 @@ def remap_key(name):
 
 def init_on_meta(network, config, where):
     """network(config) on the meta device, without weights. Raises BadInput that begins with `where`, a file's name."""
-    try:
-        with torch.device("meta"):
-            return network(config)
-    except KeyError as error:
-        raise BadInput(f"{where}: the config has no {error}") from None
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"{where}: {error}") from None
+    with parsing(where), torch.device("meta"):
+        return network(config)
 
 
 def build(network, config, tensors, where):
