@@ -1,12 +1,17 @@
-"""Quality and speed of a student of the embedded teacher, beside the teacher's own DDIM at 1 to 50 steps.
+"""Quality and speed of a student of an embedded teacher, beside the teacher's own DDIM in 1 to 50 steps.
 
     python -m tools.evaluate --student runs/tiny                    5,000 images, half a minute
-    python -m tools.evaluate --student runs/tiny --refine 1 2 4     and refined by so many steps of the teacher
+    python -m tools.evaluate --student runs/tiny --refine 1 2 4     also refined by so many steps of the teacher
+    python -m tools.evaluate --student runs/tiny --limited          the teacher guided as in matching in all its rows
     python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again too, half an hour
     python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
-The teacher's rows are measured once for each guidance, seed and number of images, and stored in its folder: at the
-student's scale w, and with the most steps also at the scale at which its pictures are best.
+The teacher is guided by the student's scale w, at all times. Its fifty steps have two more rows. In one it is guided as
+in matching, only where alpha_t >= 0.288 ("limited"): a matched student learned from that teacher. In the other it is
+guided by the scale at which its Frechet distance is smallest. The teacher's rows are measured once for each scale, seed
+and number of images, and are stored in its folder.
+
+images_per_s is not timed row by row. It is computed from one step and one decoding, which are timed on this machine.
 """
 
 import argparse
@@ -15,9 +20,7 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import random
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,35 +29,31 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from matching import LEAST_SIGNAL, limited_guidance
 from plumbing.files import BadInput, command, read_json, write_file, write_json
 from plumbing.hub import TINY
-from plumbing.weights import read_tensors
-from student import REFINE_FROM, load_student
 from plumbing.images import image_grid, noise, to_pil
 from plumbing.processes import pick_device
-from tools.judge import frechet, load_judge, moments, prompt
+from plumbing.weights import read_tensors
+from signal_ode import solve
+from student import REFINE_FROM, load_student
+from tools.judge import frechet, load_judge, moments, precision_recall, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
-SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # where the teacher's best scale is sought
-EXACT = 2**17                               # numbers of exact solutions that are kept to measure against
-COLUMNS = (("frechet", ".2f"), ("to_teacher", ".2f"), ("drift", ".1f"), ("precision", ".3f"), ("recall", ".3f"),
-           ("align_seen", ".1%"), ("align_heldout", ".1%"), ("rmse", ".4f"), ("images_per_s", ".1f"))
-
-
-def neighbour_radius(features, k=3):
-    """Distance of every feature (N, D) to its k-th nearest other: (N,)."""
-    return torch.cat([torch.cdist(part, features).kthvalue(k + 1).values for part in features.split(1000)])
-
-
-def covered(a, b, radius):
-    """Share of a (N, D) that lies within the radius (M,) of some b (M, D)."""
-    inside = [(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]
-    return torch.cat(inside).float().mean().item()
-
-
-def precision_recall(fake, real):
-    """Improved precision and recall (Kynkaanniemi et al. 2019), k = 3."""
-    return covered(fake, real, neighbour_radius(real)), covered(real, fake, neighbour_radius(fake))
+SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # scales among which the teacher's best is looked for
+EXACT = 2**17                               # numbers of the exact solutions that are stored to measure rmse against
+COLUMNS = {"frechet": ".2f", "to_teacher": ".2f", "drift": ".1f", "precision": ".3f", "recall": ".3f",
+           "align_seen": ".1%", "align_heldout": ".1%", "rmse": ".4f", "images_per_s": ".1f"}
+LEGEND = f"""
+limited        the teacher is guided only where alpha_t >= {LEAST_SIGNAL}, as in matching
+frechet        distance to {{real}} real test images; two halves of those are {{halves:.1f}} apart
+to_teacher     Frechet distance to the teacher's {STEPS[-1]} steps, guided at all times
+drift          from the same steps: the largest change of a channel's mean or standard deviation, in 1/255
+precision      share of the images that look like a real one; recall: share of the real ones that look like an image
+align_seen     share of the images with all attributes right, for the prompts of the training; align_heldout: for others
+rmse           distance to the Signal-ODE's solutions from the first {{exact}} noises
+images_per_s   computed from one step and one decoding, timed now
+""".strip()
 
 
 def judge_folder(teacher):
@@ -62,7 +61,7 @@ def judge_folder(teacher):
     for folder in (teacher.folder / "judge", teacher.folder.parent / "judge"):
         if folder.is_dir():
             return folder
-    raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its pictures with; the embedded ones have")
+    raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its images with; the embedded ones have")
 
 
 def combinations(config, num, seed):
@@ -78,81 +77,90 @@ class Evaluation:
         self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
         folder = judge_folder(self.teacher)
         self.judge, self.config = load_judge(folder, self.teacher.device)
-        reference = folder / "reference.safetensors"
-        self.real = read_tensors(reference, dtype=torch.float32)[0]["features"]
-        self.real_moments = moments(self.real)
+        self.real = read_tensors(folder / "reference.safetensors", dtype=torch.float32)[0]["features"]
         self.combinations = combinations(self.config, images, seed)
-        if self.teacher.labels:                    # told the garment alone; its colours are free
+        if self.teacher.labels:                             # it is told the garment alone; its colours are free
             self.combinations = [(garment,) for garment, _, _ in self.combinations]
         self.num_exact = min(images, EXACT // math.prod(self.teacher.shape))
         self.seeds = range(seed * 10**6, seed * 10**6 + images)
         held_out = {tuple(c) for c in self.config["held_out"]}
         self.held_out = torch.tensor([c in held_out for c in self.combinations])
-        garments, colours = self.config["garments"], self.config["colours"]
-        self.labels = torch.tensor([[words.index(word) for words, word in zip((garments, colours, colours), c)]
-                                    for c in self.combinations])
+        words = [self.config["garments"], self.config["colours"], self.config["colours"]]
+        self.labels = torch.tensor([[known.index(word) for known, word in zip(words, c)] for c in self.combinations])
 
     def inputs(self, part):
         """eps and condition of a slice of the images."""
         eps = noise(self.seeds[part], self.teacher.shape).to(self.teacher.device)
         return eps, self.teacher.encode([c[0] if len(c) == 1 else prompt(*c) for c in self.combinations[part]])
 
-    def ddim(self, steps, w=None):
-        """The teacher, guided by w or else as the student is, in that many DDIM steps, as a sampler."""
-        return functools.partial(self.teacher.solve, grid=self.teacher.schedule.grid(steps),
-                                 w=self.w if w is None else w)
+    # ------------------------------------------------------------------------------------------------ samplers
+    def ddim(self, steps, w=None, limited=False):
+        """The teacher in that many DDIM steps, guided by w (None: as the student is), limited or not."""
+        return functools.partial(self.run_ddim, steps, limited, w=self.w if w is None else w)
+
+    def run_ddim(self, steps, limited, eps, **condition):
+        schedule, denoise = self.teacher.schedule, self.teacher.denoise
+        if limited:
+            denoise = functools.partial(limited_guidance, denoise, schedule=schedule)
+        return solve(denoise, eps, schedule.grid(steps), schedule, space="x", **condition)[-1]
 
     def one_step(self, refine=0):
-        """The student, refined by so many steps of the teacher, as a sampler."""
+        """The student, refined by so many steps of the teacher."""
         return functools.partial(self.student.refine, steps=refine, w=self.w)
 
     def solution(self):
-        """The student's aim, as a sampler: the Signal-ODE's end from y_T = f(eps, T), 50 steps of Heun."""
-        return functools.partial(self.ddim(50), solver="heun", space="y")
+        """What BOOT's student learns: the Signal-ODE's end from y_T = f(eps, T), in 50 steps of Heun's method."""
+        grid = self.teacher.schedule.grid(50)
+        return functools.partial(self.teacher.solve, grid=grid, solver="heun", space="y", w=self.w)
 
+    # ------------------------------------------------------------------------------------------------ measures
     @torch.no_grad()
     def sample(self, sampler, num, name):
+        """Latents (num, C, h, w) of the first noises. name: what the bar says."""
         parts = [slice(k, min(k + self.batch, num)) for k in range(0, num, self.batch)]
         inputs = (self.inputs(part) for part in tqdm(parts, name, leave=False))
         return torch.cat([sampler(eps, **condition) for eps, condition in inputs])
 
     @torch.no_grad()
-    def pictures(self, sampler):
+    def images(self, sampler):
         """The first ten, for people."""
         eps, condition = self.inputs(slice(0, 10))
         return to_pil(self.teacher.decode(sampler(eps, **condition), self.seeds))
 
     @torch.no_grad()
     def measure(self, sampler, name, reference=None, solution=None):
-        """A row's figures of quality, and the moments of its features. reference: the moments of those of the teacher's
-        pictures; solution: the exact samples of the first noises."""
+        """(a row's figures of quality, the moments of its features). reference: the moments of the teacher's features;
+        solution: the exact samples of the first noises."""
         latents = self.sample(sampler, len(self.seeds), name)
-        parts = [slice(k, k + self.batch) for k in range(0, len(latents), self.batch)]
         features, channels = [], []
-        for part in parts:
+        for part in (slice(k, k + self.batch) for k in range(0, len(latents), self.batch)):
             images = self.teacher.decode(latents[part], self.seeds[part])
             features.append(self.judge(images))
             channels.append(torch.stack([images, images.square()]).cpu().double().mean((3, 4)))        # (2, B, 3)
         features = torch.cat(features)
         answers = [a.argmax(1).cpu() for a in self.judge.answers(features)]
-        right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
         features = features.cpu()
         own = moments(features)
         precision, recall = precision_recall(features, self.real)
-        row = {"frechet": frechet(own, self.real_moments), "precision": precision, "recall": recall}
-        row["to_teacher"] = None if reference is None else frechet(own, reference)
-        for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
-            if not mask.any():
-                row[f"align_{which}"] = None
-                continue
-            row[f"align_{which}"] = right[mask].all(1).float().mean().item()
-            row |= {f"{attribute}_{which}": value for attribute, value in
-                    zip(("garment", "colour", "background"), right[mask].float().mean(0).tolist())}
         mean, square = torch.cat(channels, 1).mean(1)
-        row |= {"channel_mean": mean.tolist(), "channel_std": (square - mean**2).sqrt().tolist(), "rmse": None}
+        row = {"frechet": frechet(own, moments(self.real)), "precision": precision, "recall": recall,
+               "to_teacher": None if reference is None else frechet(own, reference),
+               **self.alignment(answers), "channel_mean": mean.tolist(),
+               "channel_std": (square - mean**2).sqrt().tolist(), "rmse": None}
         if solution is not None:
             row["rmse"] = (latents[:len(solution)].cpu() - solution).square().mean().sqrt().item()
         return row, own
+
+    def alignment(self, answers):
+        """The shares of the images with the right attributes, by name. answers: of each attribute, (N,)."""
+        right = torch.stack(answers[:self.labels.shape[1]], 1) == self.labels
+        shares = {}
+        for which, mask in (("seen", ~self.held_out), ("heldout", self.held_out)):
+            shares[f"align_{which}"] = right[mask].all(1).float().mean().item() if mask.any() else None
+            if mask.any():
+                each = right[mask].float().mean(0).tolist()
+                shares |= {f"{name}_{which}": share for name, share in zip(("garment", "colour", "background"), each)}
+        return shares
 
     @torch.no_grad()
     def seconds(self, function):
@@ -161,11 +169,12 @@ class Evaluation:
         times = []
         for _ in range(4):                                                  # the first is not counted
             began = time.perf_counter()
-            function(eps, **condition).sum().item()                                # .item() waits for a GPU
+            function(eps, **condition).sum().item()                         # .item() waits for a GPU
             times.append(time.perf_counter() - began)
         return sorted(times[1:])[1] / len(eps)
 
 
+# ------------------------------------------------------------------------------------------------ the teacher's rows
 def passes(steps, w):
     """Network passes of so many of the teacher's steps."""
     return steps * (1 if w == 1 else 2)
@@ -174,8 +183,8 @@ def passes(steps, w):
 def stored(evaluation, *settings):
     """The path, without suffix, in the teacher's folder, of what is measured with its files and with these settings."""
     folder, digest = evaluation.teacher.folder, hashlib.sha256()
-    for part in (*(folder / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
-                 judge_folder(evaluation.teacher)):
+    parts = [folder / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+    for part in (*parts, judge_folder(evaluation.teacher)):
         for path in sorted(p for p in part.glob("*") if p.is_file()):
             digest.update(path.read_bytes())
     settings = [*settings, evaluation.teacher.negative_prompt, evaluation.seeds[0], len(evaluation.seeds)]
@@ -186,45 +195,57 @@ def stored(evaluation, *settings):
 def read_rows(path):
     """The rows of a file by (w, steps); none if there is no such file."""
     rows = read_json(path, list) if path.exists() else []
-    return {(row["guidance"], row["steps"]): row for row in rows}
+    return {(row["guidance"], row["steps"]): {"limited": False, **row} for row in rows}
 
 
-def add_row(evaluation, rows, path, w, steps, reference=None, solution=None):
+def add_row(evaluation, rows, path, w, steps, reference=None, solution=None, limited=False):
     """Measure the teacher at w in so many steps, unless that is known. A row is stored at once, so that an interrupted
-    measurement goes on. Returns the moments of its pictures, if it was measured."""
+    measurement goes on. Returns the moments of its features, if it was measured."""
     if (w, steps) in rows:
         return None
-    row, own = evaluation.measure(evaluation.ddim(steps, w), f"DDIM-{steps}, w = {w}", reference, solution)
-    rows[w, steps] = {"sampler": "ddim", "guidance": w, "steps": steps, "nfe": passes(steps, w)} | row
+    name = f"DDIM-{steps} at w = {w}{', limited' if limited else ''}"
+    print(f"measuring the teacher's {name} on {len(evaluation.seeds)} images, for {path.parent}", flush=True)
+    row, own = evaluation.measure(evaluation.ddim(steps, w, limited), name, reference, solution)
+    rows[w, steps] = {"sampler": "ddim", "guidance": w, "limited": limited, "steps": steps,
+                      "nfe": passes(steps, w)} | row
     store(write_json, path, list(rows.values()))
     return own
 
 
 def teacher_rows(evaluation, steps, fresh):
-    """(rows, reference, solution) of the teacher at the student's scale: its rows by (w, steps), of so many steps and
-    of the most; the moments of its pictures in the most; exact samples of the first noises."""
+    """(rows, reference, solution) of the teacher, guided at all times by the student's scale: its rows by (w, steps),
+    of these numbers of steps and of the most; the moments of its features in the most; exact samples of the first
+    noises."""
     w, most = evaluation.w, STEPS[-1]
     path = stored(evaluation, w, evaluation.num_exact)
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
     rows = read_rows(path) if tensors_path.exists() and not fresh else {}
-    if not {(w, k) for k in (*steps, most)} <= rows.keys():
-        print(f"measuring the teacher on {len(evaluation.seeds)} images, and storing it in {path.parent}", flush=True)
     if rows:
         tensors, _ = read_tensors(tensors_path)
     else:
         solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution").half().cpu()
         mean, covariance = add_row(evaluation, rows, path, w, most, solution=solution.float())
         tensors = {"solution": solution, "mean": mean, "covariance": covariance}
-        store(write_file, tensors_path, lambda p: save_file(tensors, p))
+        store(write_file, tensors_path, functools.partial(save_file, tensors))
     reference, solution = (tensors["mean"], tensors["covariance"]), tensors["solution"].float()
     for k in steps:
         add_row(evaluation, rows, path, w, k, reference, solution)
     return rows, reference, solution
 
 
+def limited_rows(evaluation, steps, reference, solution, fresh):
+    """The teacher's rows by (w, steps) at the student's scale, guided as in matching."""
+    path = stored(evaluation, evaluation.w, evaluation.num_exact, "limited", LEAST_SIGNAL).with_suffix(".json")
+    rows = {} if fresh else read_rows(path)
+    for k in steps:
+        add_row(evaluation, rows, path, evaluation.w, k, reference, solution, limited=True)
+    return rows
+
+
 def best_rows(evaluation, rows, sweep, fresh):
-    """The teacher in the most steps at the best scale of a sweep: one row, or none where that is the student's scale. A
-    sweep of one is taken as it is; that of several looks for it in SWEEP_STEPS, in which rows has the student's."""
+    """The teacher in the most steps at the best of the scales of a sweep: one row, or none where that is the student's
+    scale. If the sweep has one scale, that is taken. If it has several, they are compared in SWEEP_STEPS steps with the
+    student's scale, of which `rows` has the row."""
     w, path = evaluation.w, stored(evaluation, "sweep").with_suffix(".json")
     others, swept = [scale for scale in sweep if scale != w], read_rows(path)
     if fresh:
@@ -241,25 +262,32 @@ def best_rows(evaluation, rows, sweep, fresh):
     return [swept[best, STEPS[-1]]]
 
 
-def store(write, path, content):
-    """write(path, content) or, where nothing can be written, a warning: the figures are printed all the same."""
+def store(write, path, content, needed=False):
+    """write(path, content). If nothing can be written there, this is a warning, because the figures are printed all the
+    same; or BadInput, if a person has named the file."""
     try:
         write(path, content)
     except BadInput as error:
+        if needed:
+            raise
         warnings.warn(f"{error}: measured, but not kept", stacklevel=2)
 
 
+# --------------------------------------------------------------------------------------------------------- the table
 def drift(row, aim):
-    """How far the channels' means and standard deviations are from the aim's: the largest, in 255ths."""
+    """The largest change of a channel's mean or standard deviation from the aim's, in 1/255."""
     pairs = ((a, b) for key in ("channel_mean", "channel_std") for a, b in zip(row[key], aim[key]))
     return 127.5 * max(abs(a - b) for a, b in pairs)
 
 
 def table(rows):
-    lines = ["sampler  steps    w  nfe  " + "  ".join(f"{name:>13}" for name, _ in COLUMNS)]
+    """The rows as lines of text, with a heading."""
+    lines = ["sampler       steps    w  nfe  " + "  ".join(f"{name:>13}" for name in COLUMNS)]
     for row in rows:
-        figures = "  ".join(f"{'-' if row[name] is None else format(row[name], form):>13}" for name, form in COLUMNS)
-        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['guidance']:3g}  {row['nfe']:3}  {figures}")
+        figures = ["-" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()]
+        name = row["sampler"] + (" limited" if row["limited"] else "")
+        lines.append(f"{name:12}  {row['steps']:5}  {row['guidance']:3g}  {row['nfe']:3}  "
+                     + "  ".join(f"{figure:>13}" for figure in figures))
     return "\n".join(lines)
 
 
@@ -268,7 +296,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--student", default=TINY / "student",
                    help="folder that train.py wrote (default: the shipped one)")
-    p.add_argument("--teacher", help="its teacher, where the folder it was made from has moved")
+    p.add_argument("--teacher", help="its teacher, if the folder it was made from has moved")
     p.add_argument("--guidance", type=float,
                    help="w of teacher and student, for a student trained on a range (default: its middle)")
     p.add_argument("--images", type=int,
@@ -276,18 +304,51 @@ def parse_args():
                         "pixel teacher, whose passes take longer)")
     p.add_argument("--seed", type=int, default=0, help="another has other noises and prompts")
     p.add_argument("--steps", type=int, nargs="+", default=STEPS, choices=STEPS, help="which of the teacher's rows")
+    p.add_argument("--limited", action="store_true",
+                   help="guide the teacher as in matching in these rows: at other times than alpha_t >= "
+                        f"{LEAST_SIGNAL} not at all")
     p.add_argument("--sweep", type=float, nargs="*", default=SWEEP, metavar="W",
-                   help=f"scales of which the teacher's best in {SWEEP_STEPS} steps has a row in {STEPS[-1]}; one is "
-                        "taken as it is, none skips the row (default: %(default)s)")
+                   help=f"scales among which the teacher's best in {SWEEP_STEPS} steps gets a row in {STEPS[-1]}; one "
+                        "is taken as it is, none skips the row (default: %(default)s)")
     p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
                    help="rows of the student refined by so many steps of the teacher")
     p.add_argument("--decoder", help="folder or hub id of a small decoder (AutoencoderTiny), for the student's rows")
     p.add_argument("--json", type=Path,
-                   help="where the figures go, and the picture beside them "
+                   help="where the figures go, and the sheet of images beside them "
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     return p.parse_args()
+
+
+def check_options(args, student):
+    """Raise BadInput for options that this student's teacher does not take."""
+    most = student.teacher.schedule.T // REFINE_FROM
+    if args.images < 100:
+        raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
+    if args.limited and student.pick_guidance(args.guidance) == 1:
+        raise BadInput("--limited changes nothing at w = 1, which is no guidance")
+    for k in args.refine:
+        if not 0 < k <= most:
+            raise BadInput(f"--refine {k} is not supported: 1 to {most}")
+
+
+def all_teacher_rows(evaluation, args):
+    """(rows of the table, the row of the most steps, reference, solution) of the teacher."""
+    w, most = evaluation.w, STEPS[-1]
+    sweep = args.sweep if evaluation.teacher.uncond is not None else []     # without guidance there is one scale
+    steps = [] if args.limited else list(args.steps)
+    if len(sweep) > 1:
+        steps.append(SWEEP_STEPS)
+    measured, reference, solution = teacher_rows(evaluation, steps, args.fresh)
+    if args.limited:
+        limited = limited_rows(evaluation, args.steps, reference, solution, args.fresh)
+        rows = [limited[w, k] for k in args.steps] + [measured[w, most]]
+    else:
+        rows = [measured[w, k] for k in args.steps]
+        if w != 1:
+            rows.append(limited_rows(evaluation, [most], reference, solution, args.fresh)[w, most])
+    return rows + best_rows(evaluation, measured, sweep, args.fresh), measured[w, most], reference, solution
 
 
 def main():
@@ -296,56 +357,45 @@ def main():
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:
         args.images = 2000 if teacher.vae is None else 5000
-    if args.images < 100:
-        raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
-    for k in args.refine:
-        if not 0 < k <= teacher.schedule.T // REFINE_FROM:
-            raise BadInput(f"--refine {k} is not supported: 1 to {teacher.schedule.T // REFINE_FROM}")
-    sweep = args.sweep if teacher.uncond is not None else []        # without guidance there is one scale
+    check_options(args, student)
     evaluation = Evaluation(student, args.images, w, args.seed)
-    last_row = evaluation.pictures(evaluation.one_step())   # first, as it may be broken: the others can take an hour
-    needed = {*args.steps, SWEEP_STEPS} if len(sweep) > 1 else args.steps
-    measured, reference, solution = teacher_rows(evaluation, sorted(needed), args.fresh)
-    rows = [measured[w, k] for k in args.steps] + best_rows(evaluation, measured, sweep, args.fresh)
-    aim = measured[w, STEPS[-1]]
-    pictures = [evaluation.pictures(evaluation.ddim(k)) for k in STEPS]
-    timed = (evaluation.ddim(1), evaluation.one_step(), lambda eps, **_: teacher.decode(eps))
-    step, one, decode = map(evaluation.seconds, timed)
-    own_decode = decode
+    student_images = evaluation.images(evaluation.one_step())   # first: a broken student is known before the others
+    rows, aim, reference, solution = all_teacher_rows(evaluation, args)
+    sheet = [evaluation.images(evaluation.ddim(k, limited=args.limited)) for k in STEPS]
+
+    def decode(eps, **_):
+        return teacher.decode(eps)
+    one_pass = evaluation.seconds(evaluation.ddim(1)) / passes(1, w)
+    one_step, decoding = evaluation.seconds(evaluation.one_step()), evaluation.seconds(decode)
+    for row in rows:
+        row["images_per_s"] = 1 / (row["nfe"] * one_pass + decoding)
     if args.decoder:                                        # from here on, for the student
         teacher.use_decoder(args.decoder)
-        own_decode, last_row = evaluation.seconds(timed[2]), evaluation.pictures(evaluation.one_step())
+        decoding, student_images = evaluation.seconds(decode), evaluation.images(evaluation.one_step())
     for k in (0, *args.refine):
         row, _ = evaluation.measure(evaluation.one_step(k), f"student, refined by {k}", reference, solution)
-        rows.append({"sampler": "student", "guidance": w, "steps": 1 + k, "nfe": 1 + passes(k, w)} | row)
-    one_pass = step / passes(1, w)
+        refining = passes(k, w)
+        rows.append({"sampler": "student", "guidance": w, "limited": False, "steps": 1 + k, "nfe": 1 + refining} | row)
+        rows[-1]["images_per_s"] = 1 / (one_step + refining * one_pass + decoding)
     for row in rows:
-        if row["sampler"] == "ddim":
-            row["images_per_s"] = 1 / (decode + row["nfe"] * one_pass)
-        else:
-            row["images_per_s"] = 1 / (own_decode + one + (row["nfe"] - 1) * one_pass)
         row["drift"] = drift(row, aim)
 
+    print(f"{args.images} images, w = {w}\n{table(rows)}")
     halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))
-    print(f"{args.images} images, w = {w}; Frechet distance to {len(evaluation.real)} real test images, two halves "
-          f"of which are {halves:.1f} apart, and to the teacher's {STEPS[-1]} steps; drift of the channels' mean and "
-          f"spread from those, in 255ths; rmse to the Signal-ODE's solution on the first {len(solution)} noises; "
-          f"images/s from one step and one decoding, timed now\n{table(rows)}")
+    print(LEGEND.format(real=len(evaluation.real), halves=halves, exact=len(solution)))
     if teacher.vae is not None and "autoencoder" in evaluation.config:
-        print(f"Frechet distance of real images to themselves through the autoencoder alone: "
-              f"{evaluation.config['autoencoder']:.1f}")
+        print(f"real images through the autoencoder alone: frechet {evaluation.config['autoencoder']:.1f}")
     accuracy = evaluation.config["accuracy"]
-    shares = ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items())
-    print(f"the judge's own accuracy on the real test split: {shares}")
+    print(f"the judge is right about real test images: {', '.join(f'{k} {v:.1%}' for k, v in accuracy.items())}")
     path = Path(args.student)
     ours = path.is_dir() and TINY.resolve() not in path.resolve().parents
     folder = path if ours else Path("runs") / f"{Path(teacher.spec).name}-shipped"
     out = args.json or folder / "evaluation.json"
-    keep = operator.call if args.json else store             # who names a file wants it
-    keep(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images,
-                           "guidance": w, "decoder": args.decoder, "judge": accuracy, "rows": rows})
-    grid = image_grid([*pictures, last_row], 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
-    keep(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"))
+    store(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w,
+                            "decoder": args.decoder, "judge": accuracy, "rows": rows}, needed=args.json is not None)
+    grid = image_grid([*sheet, student_images], 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
+    store(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"),
+          needed=args.json is not None)
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

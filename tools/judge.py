@@ -1,4 +1,11 @@
-"""The judge of the teacher's pictures: its features give Frechet distance, its answers prompt alignment."""
+"""The judge of an embedded teacher's images: a small classifier, and the measures that are taken of its features.
+
+    judge, config = load_judge("tiny/judge")
+    features = judge(images)                                # (B, 64)
+    distance = frechet(moments(features), moments(real))
+    precision, recall = precision_recall(features, real)
+    garment, colour, background = judge.answers(features)   # logits; how often they are right is the alignment
+"""
 
 from pathlib import Path
 
@@ -50,6 +57,7 @@ def article(word):
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
+# ---------------------------------------------------------------------------------------------------------- measures
 def moments(features):
     """(mean (D,), covariance (D, D)) of features (N, D), float64."""
     return features.double().mean(0), torch.cov(features.double().T)
@@ -66,3 +74,20 @@ def frechet(a, b):
 def matrix_sqrt(c):
     values, vectors = torch.linalg.eigh(c)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def precision_recall(fake, real):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), k = 3. Precision is the share of fake features near a
+    real one; recall is the share of real features near a fake one."""
+    return covered(fake, real, neighbour_radius(real)), covered(real, fake, neighbour_radius(fake))
+
+
+def covered(a, b, radius):
+    """Share of a (N, D) that lies within the radius (M,) of some b (M, D)."""
+    inside = [(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]
+    return torch.cat(inside).float().mean().item()
+
+
+def neighbour_radius(features, k=3):
+    """Distance of every feature (N, D) to its k-th nearest other: (N,)."""
+    return torch.cat([torch.cdist(part, features).kthvalue(k + 1).values for part in features.split(1000)])
