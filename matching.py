@@ -17,10 +17,10 @@ the critic is right. It depends on the student twice: through x_tau, and through
 We cannot differentiate through the critic's training. SiD's identity supplies that term: the mean of (f - h) . (h - x)
 is zero for every student with its own best critic, so its gradient at a fixed critic is the missing one.
 
-Sources: Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239) for the idea;
-SiD (Zhou et al. 2024, 2404.04057, eq. 23) for the loss, which has a parameter alpha, 1.2 as published and 1 here; DMD
-(Yin et al. 2024, 2311.18828) for its scale; FreeFlow (2511.19428) for matching beside a path learned from noise alone;
-Kynkaanniemi et al. 2024 (2404.07724) for limited guidance. Arguments and shapes are those of signal_ode.py.
+The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
+The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), whose parameter alpha is 1.2 as published and 1 here. Its scale
+is DMD's (Yin et al. 2024, 2311.18828). FreeFlow (2511.19428) matches beside a path that is learned from noise alone.
+Limited guidance is from Kynkaanniemi et al. 2024 (2404.07724). Arguments and shapes are those of signal_ode.py.
 """
 
 import torch
@@ -46,7 +46,7 @@ def error_unit(x, f):
 
 def critic_loss(x, h, tau, schedule):
     """L_C of each sample, (B,): || h(x_tau, tau) - x ||^2, in units of the network's own output, epsilon, v or sample,
-    as the teacher was trained. x: the student's samples, without gradient. h: the critic's predictions of them."""
+    as the teacher was trained. `x`: the student's samples, without gradient. `h`: the critic's predictions of them."""
     alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
     unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
     error = (h - x).square().flatten(1).mean(1)
@@ -55,7 +55,7 @@ def critic_loss(x, h, tau, schedule):
 
 def limited_guidance(denoise, x_t, t, schedule, w=1.0, **condition):
     """f(x_t, t) of a denoiser, guided by w where alpha_t >= LEAST_SIGNAL and not at all at noisier times, at which
-    guidance costs variety. t: int or (B,). w: (B,) or a number."""
+    guidance costs variety. `t`: int or (B,). `w`: (B,) or a number."""
     if torch.is_tensor(w) or w != 1:                        # the number 1 needs no unconditional pass
         w = torch.where(schedule.alpha(t) >= LEAST_SIGNAL, w, 1.0)
     return denoise(x_t, t, w=w, **condition)
@@ -63,13 +63,13 @@ def limited_guidance(denoise, x_t, t, schedule, w=1.0, **condition):
 
 # --------------------------------------------------------------------------------- L_M, with a gradient to x alone
 def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
-    """(L_M, h): identity_loss of each sample x, (B,), whose gradient reaches x alone, and h, whose graph is kept for
+    """(L_M, h): identity_loss of each sample x, (B,), with a gradient to x alone; and h, whose graph is kept for
     critic_loss. A plain backward pass of identity_loss would also add L_M's gradient to the critic's weights. So the
-    gradient at x is taken here, once; it is multiplied by x below, and L_M's value is replaced by || f - h ||^2 in the
-    same units, which is what the log shows.
-    teacher, critic: callables (x_t, t, **condition). clip: the bound of the teacher's predictions, if they have one.
-    The critic is then clamped at 1.5 * clip: values of x beyond the bound must still count, but not the critic's
-    errors, which for an epsilon network are multiplied by up to 100."""
+    gradient at x is taken here, once, and handed on to x. L_M's value is replaced by || f - h ||^2 in the same units,
+    which is what the log shows.
+    `teacher`, `critic`: callables (x_t, t, **condition). `clip`: the bound of the teacher's predictions, or None.
+    The critic is then clamped at 1.5 * clip, so that values of x beyond the bound still count. Its errors beyond that
+    must not count: an epsilon network's are multiplied by up to 100."""
     leaf = x.detach().requires_grad_()
     x_tau = add_noise(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)

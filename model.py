@@ -30,7 +30,7 @@ def sinusoid(t, dim, flip=False, shift=0):
 
 def guidance_sinusoid(w, dim, fastest=None):
     """Embedding of guidance scales w (B,) -> (B, dim), as in latent consistency models (Luo et al. 2023).
-    fastest: features that turn by more radians from w to w + 1 are zero instead. For neighbouring scales they are as
+    `fastest`: features that turn by more radians from w to w + 1 are zero instead. For neighbouring scales they are as
     good as random, and make a student's pictures jump; their weights, which start at zero, then stay there.
     Angles reach thousands, where float32 rounding shows: so the operations are in the order of the reference."""
     frequency = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000) / (dim // 2 - 1)))
@@ -65,7 +65,7 @@ class TimeEmbedding(nn.Module):
 
 class Resnet(nn.Module):
     """Two convolutions on a residual stream, x (B, c_in, h, w) -> (B, c_out, h, w); emb (B, c_emb) enters between.
-    c_emb None: no emb, as in the VAE. scale_shift: emb scales and shifts the second norm (Dhariwal & Nichol 2021)
+    c_emb None: no emb, as in the VAE. `scale_shift`: emb scales and shifts the second norm (Dhariwal & Nichol 2021)
     instead of being added before it."""
 
     def __init__(self, c_in, c_out, c_emb, groups, eps, scale_shift=False):
@@ -284,7 +284,7 @@ def unet_attention(c, level, groups):
 
 class UNet(nn.Module):
     """The denoiser: UNet2DConditionModel of Stable Diffusion 1.x and 2.x, or UNet2DModel of the DDPM family.
-    config: the published dict. With num_class_embeds it sees a class. A student is the same network with an embedding
+    `config`: the published dict. With num_class_embeds it sees a class. A student is the same network with an embedding
     of the target time ("class_embed_type": "timestep", or "target_embed_type" beside labels) and, with
     time_cond_proj_dim, of the guidance scale. Raises ValueError for what is not supported."""
 
@@ -340,8 +340,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
-        text: (B, L, D), or label: (B,) int64, as the network was trained. target: (B,), the time that a student
-        shall predict; guidance: (B,), its guidance scale. Raises ValueError if one is missing or not wanted."""
+        `text`: (B, L, D), or label: (B,) int64, as the network was trained. `target`: (B,), the time that a student
+        shall predict; `guidance`: (B,), its guidance scale. Raises ValueError if one is missing or not wanted."""
         self.check_inputs(text=text, target=target, guidance=guidance, label=label)
         emb = self.embed(t, target, guidance, label)                            # (B, 4 * c_0)
         x = self.conv_in(x.to(self.conv_in.weight.dtype))                       # (B, c_0, h, w)

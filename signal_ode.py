@@ -64,7 +64,7 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", **cond
 
     Dividing by 1 - r measures the error in units of the clean prediction. It is the exact form of the paper's weight,
     1 / (lam' delta)^2, because 1 - r -> lam' delta for small steps delta = t - s.
-    student: callable (eps, t, **condition) -> y_t. teacher: callable (x_t, t, **condition) -> f. t, s: (B,), s < t."""
+    `student`: callable (eps, t, **condition) -> y_t. `teacher`: callable (x_t, t, **condition) -> f. `t`, `s`: (B,)."""
     check_solver(solver)
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
@@ -101,7 +101,7 @@ def scaled_error(g_s, y_s, t, s, schedule):
 def clean_prediction(out, x_t, t, schedule):
     """f, the clean sample that a network's raw output at (x_t, t) stands for: epsilon, v or sample prediction.
     It is computed in float32 at least. An epsilon output is divided by alpha_T, which multiplies its rounding error by
-    15 for Stable Diffusion and by 157 for DDPM; in half precision the error would be as large as BOOT's signal."""
+    15 for Stable Diffusion and by 157 for DDPM. In half precision the error would be as large as BOOT's signal."""
     out, x_t = (z if z.dtype == torch.float64 else z.float() for z in (out, x_t))
     alpha_t, sigma_t = append_dims(schedule.alpha(t), x_t), append_dims(schedule.sigma(t), x_t)
     if schedule.prediction == "epsilon":
@@ -112,13 +112,13 @@ def clean_prediction(out, x_t, t, schedule):
 
 
 def cfg(f_cond, f_uncond, w):
-    """Classifier-free guidance of clean predictions (Ho & Salimans 2022). w: float or (B,); 1 is no guidance."""
+    """Classifier-free guidance of clean predictions (Ho & Salimans 2022). `w`: float or (B,); 1 is no guidance."""
     return f_uncond + append_dims(w, f_cond) * (f_cond - f_uncond)
 
 
 def student_signal(network, eps, t, i, schedule, **condition):
     """g(eps, t): one pass of the teacher's network at a fixed input time i, which is also told the target time t.
-    network: callable (x_i, i, t, **condition) -> raw output. The output means what the teacher's does at (x_i, i), so
+    `network`: callable (x_i, i, t, **condition) -> raw output. The output means what the teacher's does at (x_i, i), so
     that before training g(eps, t) is the teacher's unguided, unclipped f(x_i, i) for every t. The paper has i = T.
     There an epsilon network must reproduce eps almost exactly, because 1 / alpha_T multiplies its error; a smaller i
     avoids that."""
@@ -129,10 +129,10 @@ def student_signal(network, eps, t, i, schedule, **condition):
 # --------------------------------------------------------------------------------------------------------- trajectories
 def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, **condition):
     """The trajectory of the noise eps under a denoiser, as the list of its states at the times of the grid.
-    denoise: callable (x_t, t, **condition) -> f, t an int. grid: decreasing ints, e.g. schedule.grid(50).
-    space "x": DDIM, with states x_t that start at x_T = eps. space "y": the Signal-ODE, with states y_t that start at
-    y_T = f(eps, T), which is the student's reference. start: replaces either start.
-    solver "heun" takes the mean of f at t and at the predicted s; "euler" takes f at t."""
+    In space "x" it is DDIM's, with states x_t, which start at x_T = eps. In space "y" it is the Signal-ODE's, with
+    states y_t, which start at y_T = f(eps, T); this is the student's reference. `start` replaces either start.
+    The solver "euler" takes f at t. "heun" takes the mean of f at t and at the predicted s.
+    `denoise`: callable (x_t, t, **condition) -> f, t an int. `grid`: decreasing ints, such as schedule.grid(50)."""
     check_solver(solver)
     step = ddim_step if space == "x" else signal_step
     if start is None:
@@ -184,8 +184,9 @@ def repeat_rows(condition, rows):
 # --------------------------------------------------------------------------------------------------- the noise schedule
 class Schedule:
     """alpha, sigma and lam of a variance-preserving diffusion, tabulated in float64.
-    betas: float64 (T,), the noise that each step of training time adds. prediction: what the networks' output means,
-    "epsilon", "v_prediction" or "sample". plumbing.configs reads both from a published config."""
+    `betas`: float64 (T,), the noise that each step of training time adds.
+    `prediction`: what the networks' output means, "epsilon", "v_prediction" or "sample".
+    Both are read from a published config by plumbing.configs.read_schedule."""
 
     def __init__(self, betas, prediction="epsilon"):
         self.T, self.prediction = len(betas), prediction

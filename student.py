@@ -25,8 +25,8 @@ FASTEST = 2.0           # radians that a feature of the guidance scale may turn 
 
 class Student:
     """g(eps, t): a trained network, the teacher whose condition and decoder it needs, and how it was trained.
-    input_time: the fixed time i at which it reads its noise. guidance: the scale w that is built in, or a range
-    [lo, hi] of scales that can be asked for. fingerprint: tells trained students apart; None before training.
+    `input_time`: the fixed time i at which it reads its noise. `guidance`: the scale w that is built in, or a range
+    [lo, hi] of scales that can be asked for. `fingerprint`: tells trained students apart; None before training.
     Raises BadInput for guidance of a teacher that can't be guided."""
 
     def __init__(self, network, teacher, input_time, guidance, fingerprint=None):
@@ -38,7 +38,7 @@ class Student:
 
     def __call__(self, eps, t, w=None, **condition):
         """The signal y_t (B, C, h, w) of noise eps at target times t, int or (B,), 0..T; 0 is the clean end.
-        w: float or (B,), needed by a student of a range of guidance scales, and without effect on another."""
+        `w`: float or (B,), needed by a student of a range of guidance scales, and without effect on another."""
         t = torch.as_tensor(t, device=eps.device).expand(len(eps))
         if self.ranged:
             condition["guidance"] = torch.as_tensor(w, device=eps.device).expand(len(eps))
@@ -50,9 +50,9 @@ class Student:
         return self.network(x_i, timestep, target=t, **condition)
 
     def refine(self, eps, steps, w=None, **condition):
-        """The sample g(eps, 0), (B, C, h, w), noised again with its own eps to time T / 5, and brought back by so many
-        Euler steps of the teacher on the trajectory of eps. It starts from g(eps, 0) and not from g(eps, T / 5),
-        because only the former is matched. w: the scale of the teacher's steps, and of a ranged student."""
+        """The sample g(eps, 0), (B, C, h, w), refined by steps of the teacher. The sample is noised again to time T / 5,
+        with its own eps, and so many Euler steps bring it back on the trajectory of eps. They start from g(eps, 0) and
+        not from g(eps, T / 5), because only the former is matched. `w`: the teacher's scale, and a ranged student's."""
         x = self(eps, 0, w=w, **condition)
         if steps == 0:
             return x
@@ -76,7 +76,7 @@ class Critic:
         self.network, self.teacher, self.ranged = network, student.teacher, student.ranged
 
     def __call__(self, x_t, t, w=None, **condition):
-        """The clean prediction (B, C, h, w) of x_t at times t (B,), 1..T. w: (B,), the scale of a ranged student."""
+        """The clean prediction (B, C, h, w) of x_t at times t (B,), 1..T. `w`: (B,), the scale of a ranged student."""
         if self.ranged:
             condition["guidance"] = w
         schedule = self.teacher.schedule
@@ -127,8 +127,8 @@ def new_critic(student):
 # ------------------------------------------------------------------------------------------------------ the folder
 def save_student(folder, student, tensors=None, step=None, dtype=torch.float32):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
-    what this code needs to call the student. tensors: its weights, where they are not those that the network has now.
-    step: of the training, for the file's metadata. Raises BadInput."""
+    what this code needs to call the student. `tensors`: its weights, where they are not those that the network has now.
+    `step`: of the training, for the file's metadata. Raises BadInput."""
     folder, teacher = Path(folder), student.teacher
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in (tensors or student.network.state_dict()).items()}
@@ -142,7 +142,7 @@ def save_student(folder, student, tensors=None, step=None, dtype=torch.float32):
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
     """The student in a folder or hub repository, or in its `student/` as train.py leaves it.
-    teacher: a name or folder, instead of the one that the student names. Raises BadInput if the folder holds no
+    `teacher`: a name or folder, instead of the one that the student names. Raises BadInput if the folder holds no
     student, or one of another teacher."""
     folder, _ = find(folder)
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder

@@ -5,6 +5,8 @@
     f = teacher.denoise(x_t, t, w=3.0, **condition)                             # what BOOT learns from
     x_0 = teacher.solve(eps, teacher.schedule.grid(50), w=3.0, **condition)     # DDIM in fifty steps
     images = to_pil(teacher.decode(x_0))                                        # plumbing.images.to_pil
+
+Times are those of signal_ode.py: 1..T, where the network's timestep index is t - 1.
 """
 
 import functools
@@ -32,15 +34,18 @@ def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
 class Teacher:
     """A diffusion model, frozen: of text and latents (Stable Diffusion), or of pixels, with classes or without (DDPM).
 
-    .schedule        signal_ode.Schedule
-    .clip            clean predictions lie within [-clip, clip]; None for latents
-    .shape           of a sample, (C, h, w)
-    .unet            the network; .vae, .text_encoder and .tokenizer are None for pixels; .settings: the U-Net's config
-    .labels          {name: number} of its classes
-    .condition_type  "prompt", "label", or None for an unconditional model
-    .uncond          the condition that guidance leads away from, or None where there is no guidance
-    .spec            what load_teacher takes again
-    .fingerprint     tells teachers apart; .decoder: tells apart what decodes, None for pixels"""
+        .schedule        signal_ode.Schedule
+        .clip            clean predictions lie within [-clip, clip]; None for latents
+        .shape           of a sample, (C, h, w)
+        .unet            the network; .settings: the values of its config
+        .vae             with .text_encoder and .tokenizer, or None for pixels
+        .labels          {name: number} of its classes
+        .condition_type  "prompt", "label", or None for an unconditional model
+        .uncond          the condition that guidance leads away from, or None where there is no guidance
+        .spec            what load_teacher takes again
+        .fingerprint     tells teachers apart; .decoder: tells apart what decodes, None for pixels
+
+    Raises BadInput for a folder that is not such a model, or that this code would compute wrongly."""
 
     def __init__(self, folder, spec, device, dtype):
         self.folder, self.spec, self.device, self.dtype = folder, spec, torch.device(device), dtype
@@ -130,7 +135,7 @@ class Teacher:
     def denoise(self, x_t, t, w=1.0, **condition):
         """f_w(x_t, t), the clean prediction after guidance, float32 (B, C, h, w); clipped if the scheduler clips.
         The weights are frozen; the prediction has a gradient where x_t has one.
-        t: int or (B,), 1..T. w: float or (B,). The number 1 is no guidance, and takes one pass instead of two."""
+        `t`: int or (B,), 1..T. `w`: float or (B,). The number 1 is no guidance, and takes one pass instead of two."""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         guided = torch.is_tensor(w) or w != 1
         if guided:                                          # one batch: with the condition, and without it

@@ -156,7 +156,7 @@ def resolve_defaults(args, teacher):
 
 # -------------------------------------------------------------------------------------------- what a step is made of
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
-    """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample): so a run
+    """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample). So a run
     depends neither on the number of processes nor on where it was interrupted. Returns the numbers of B prompts, eps
     (B, *shape), t (B,) uniform on 1..T, w (B,), and for matching n (B, *shape) and tau (B,)."""
     prompt, eps, t, w, n, tau = [], [], [], [], [], []
@@ -205,7 +205,7 @@ def begin_of_matching(args, start, critic_steps):
 
 # -------------------------------------------------------------------------------------------------------- the training
 def train(args, run):
-    """Distil. run: the plumbing.run.Run of these arguments."""
+    """Distil. `run`: the plumbing.run.Run of these arguments."""
     teacher = load_teacher(args.teacher, run.device, run.dtype)
     resolve_defaults(args, teacher)
     prompts = training_prompts(teacher, args.prompts)
@@ -238,8 +238,8 @@ def train(args, run):
     guided = functools.partial(limited_guidance, teacher.denoise, schedule=schedule)
 
     for step in run.steps():                                # from `start` on; fewer after a signal
-        # Which losses this step has. First BOOT's alone; then the critic learns beside it, its head start; then the
-        # student is matched, and BOOT's losses come only now and then, to hold it on the trajectory.
+        # Which losses this step has. At first it has BOOT's alone. Then the critic learns beside it, which is its head
+        # start. Then the student is matched, and every 5th step has BOOT's losses, to hold it on the trajectory.
         match = step >= match_from
         boot = not match or (step + 1) % BOOT_EVERY == 0
         critic_learns = step >= critic_from
@@ -249,8 +249,8 @@ def train(args, run):
 
         for samples in run.micro_batches():                 # this process's share, as many at once as memory holds
             with run.memory_permitting():
-                x = L_M = L_C = None                        # frees what a try that ran out of memory may have left
-                # Everything a sample depends on: noise eps, times s < t, prompt, scale w; for matching n and tau.
+                x = L_M = L_C = None                        # A try that ran out of memory may have left something.
+                # This is all that a sample depends on: noise eps, times s < t, prompt, scale w; for matching n, tau.
                 numbers, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
                 eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
                 s = (t - delta).clamp(min=0)

@@ -29,7 +29,7 @@ from plumbing.files import BadInput, parsing, read_json, write_file, write_json
 from plumbing.processes import full, local
 
 INFO = "checkpoint.json"
-FILE_SIZE = 2**29           # bytes of a file of a checkpoint, of which there is a copy in memory
+FILE_SIZE = 2**29           # Bytes of a file of a checkpoint, of which there is a copy in memory.
 # Options that may change when a run is resumed, because they do not change the student beyond rounding
 FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "shard", "every", "samples"}
 
@@ -60,7 +60,7 @@ def lock(out):
 
 def check_options(out, options, saved):
     """Raise BadInput if the folder holds what a run of these options must not replace: the state of another run, or a
-    student without its state. saved: the options of the last checkpoint, or None; before the first checkpoint every
+    student without its state. `saved`: the options of the last checkpoint, or None; before the first checkpoint every
     option may change."""
     if saved is None:
         if (out / "student").exists():
@@ -75,7 +75,7 @@ def check_options(out, options, saved):
 
 def check_space(out, state, student):
     """Raise BadInput if the disk cannot hold three checkpoints, of which two are kept, and a student that is replaced.
-    state, student: bytes of their files."""
+    `state`, `student`: bytes of their files."""
     files = [path for folder in (out / "state", out / "student") for path in folder.rglob("*.safetensors")]
     need = 3 * state + 2 * student - sum(path.stat().st_size for path in files)
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())

@@ -43,7 +43,7 @@ def is_supported(value, supported):
 
 def check(key, value, supported, good=None):
     """Raise ValueError, naming the key, its value and what is supported, unless the value is good.
-    supported: a list of values and Numbers; or a text, and then the argument `good` says whether the value is."""
+    `supported`: a list of values and Numbers; or a text, and then the argument `good` says whether the value is."""
     if good is None:
         good = is_supported(value, supported)
         supported = ", ".join(repr(choice) for choice in supported if choice is not ...)
@@ -59,9 +59,9 @@ def shorten(value, length=60):
 
 def read_config(config, table, either=(), lists=("block_out_channels", "down_block_types", "up_block_types")):
     """{key: value} of a published config, for the keys of a table.
-    table: {key: [default, other supported values ...]}. A default of `...` means that the key must be there.
-    lists: the keys that have a list of values, one for each level of the network.
-    either: the keys that have such a list, or one value for all levels; the list is returned in both cases.
+    `table`: {key: [default, other supported values ...]}. A default of `...` means that the key must be there.
+    `lists`: the keys that have a list of values, one for each level of the network.
+    `either`: the keys that have such a list, or one value for all levels; the list is returned in both cases.
     Raises ValueError for a value that is not supported, and KeyError for a missing key."""
     values = {}
     for key, supported in table.items():
@@ -198,8 +198,8 @@ def read_unet_config(config):
 
 
 def target_slot(config):
-    """What a student's embedding of the target time is called: SLOT_embedding in its weights, SLOT_embed_type in its
-    config. "class", so that diffusers opens it, or "target" where class labels have that name already."""
+    """The name of a student's embedding of the target time: SLOT_embedding in its weights, SLOT_embed_type in its
+    config. It is "class", so that diffusers opens it, or "target" where class labels have that name already."""
     return "target" if config.get("num_class_embeds") else "class"
 
 

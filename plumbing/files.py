@@ -3,6 +3,8 @@
     command(main)                                           # BadInput: one line, exit code 2
     with parsing(path): ...                                 # what is wrong inside is a BadInput that names the path
     write_json("runs/mine/config.json", {"lr": 1e-5})       # a crash at any moment leaves the old file whole
+
+Every message for the person at the keyboard is one sentence.
 """
 
 import contextlib

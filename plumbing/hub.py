@@ -62,7 +62,7 @@ def resolve(spec):
 
 def find(spec, names=""):
     """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
-    directory. names: what else it might have been, for the message. Raises BadInput, one sentence."""
+    directory. `names`: what else it might have been, for the message. Raises BadInput, one sentence."""
     path, url = Path(spec).expanduser(), HUB_URL.fullmatch(str(spec))
     if path.is_dir():
         return path, str(path.resolve())

@@ -33,7 +33,7 @@ def to_pil(images):
 
 def image_grid(rows, least=0, names=None):
     """One PIL image of rows of equally large PIL images, each enlarged by a whole factor to at least `least` pixels.
-    names: of the rows, written left of them."""
+    `names`: of the rows, written left of them."""
     width, height = rows[0][0].size
     grid = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):

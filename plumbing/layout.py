@@ -12,8 +12,8 @@ from plumbing.configs import CLIPPING, COUNT, Number, check, is_pixel, read_conf
 from plumbing.files import BadInput, parsing, read_json
 from plumbing.weights import open_tensors, remap_key, weight_names
 
-# The parts of a model that this code knows, and the accepted classes of each; None skips the check, because the part's
-# own config is checked, or because the part is not used.
+# The accepted classes of each part of a model. None skips the check: either the part's own config is checked, or the
+# part is not used.
 CLASSES = {
     "unet": ("UNet2DConditionModel", "UNet2DModel"), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None, "safety_checker": None,

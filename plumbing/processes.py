@@ -78,8 +78,8 @@ def join(rank, world, backend):
 
 
 def agree(store, rank, world):
-    """A name for this start of the processes, the same for all of them, and different from that of any other start.
-    torchrun keeps its store when it restarts processes, with the addresses at which the dead ones listened."""
+    """A name for this start of the processes: the same for all of them, and no other start has it. It is needed
+    because torchrun keeps its store when it restarts processes, with the addresses at which the dead ones listened."""
     own = uuid.uuid4().hex
     if rank == 0:
         store.set("start", own)
@@ -111,7 +111,7 @@ def together(rank):
 # ---------------------------------------------------------------------------------------------------------- sharding
 def shard(network, device, dtype):
     """Split a network's parameters over the processes, a block at a time (FSDP2). Each process holds its part, and has
-    a whole block only while it computes with it. dtype: in which blocks are gathered; the last layers stay float32."""
+    a whole block only while it computes with it. `dtype`: of a gathered block; the last layers stay float32."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
     for block in network.blocks():

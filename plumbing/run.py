@@ -13,6 +13,8 @@
                     run.log(bootstrap=loss)
             run.update(adam)
             run.after(step)                                 # finite? log, checkpoint, samples
+
+One process or many: every method is called by all of them, and does what its process has to do.
 """
 
 import contextlib
@@ -140,8 +142,8 @@ class Run(contextlib.ExitStack):
         return self.start
 
     def ready(self, ema, write_student, summary):
-        """Say what begins, and check that its checkpoints have room. ema: the Student that is saved and that makes the
-        samples. write_student: callable (tensors, step)."""
+        """Say what begins, and check that its checkpoints have room.
+        `ema`: the Student that is saved and that makes the samples. `write_student`: callable (tensors, step)."""
         args, self.ema, self.write_student = self.args, ema, write_student
         if self.rank > 0:
             return
@@ -234,7 +236,7 @@ class Run(contextlib.ExitStack):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     def backward(self, loss, network, last=True):
-        """Add a loss's gradient to a network's. last: whether the network has no other loss in this micro-batch."""
+        """Add a loss's gradient to a network's. `last`: whether the network has no other loss in this micro-batch."""
         reduce_in_backward(network, self.is_last and last)
         self.scaler.scale(loss).backward()
         reduce_in_backward(network, False)
@@ -310,7 +312,7 @@ class Run(contextlib.ExitStack):
         self.unchecked.clear()
 
     def write_log(self, by_time):
-        """Append a line to log.jsonl. by_time: (2, BINS), sums of the bootstrap loss and numbers of samples, or None."""
+        """Append a line to log.jsonl. `by_time`: (2, BINS), sums of the bootstrap loss and numbers of samples."""
         values = self.logged | self.norms
         figures = {name: value.item() if value.isfinite() else None for name, value in values.items()}
         self.bar.set_postfix({name: f"{figures[name]:.4f}" for name in self.logged}, refresh=False)

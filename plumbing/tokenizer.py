@@ -22,7 +22,7 @@ from plumbing.files import read_json, read_text
 VISIBLE = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 # CLIP's pattern has \p{L} for letters and \p{N} for numbers, which Python's re lacks. But re's \w is both of them
-# and "_", and its \d is the decimal digits, so that only the other numbers, such as ½ and Ⅷ, have to be listed.
+# and "_", and its \d is the decimal digits. Only the other numbers, such as ½ and Ⅷ, have to be listed.
 OTHER_NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{OTHER_NUMBERS}]+|[\d{OTHER_NUMBERS}]|[\W_]+")
 PIECE = re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{WORD.pattern}")
@@ -52,7 +52,7 @@ def split_at(text, tokens):
 
 def merge(word, rank):
     """Byte-pair encoding of a word, a str of visible characters: its parts, a list of str. The pair of lowest rank is
-    merged, everywhere from left to right, until no pair has a rank. rank: {(str, str): int}."""
+    merged, everywhere from left to right, until no pair has a rank. `rank`: {(str, str): int}."""
     parts = [*word[:-1], word[-1] + "</w>"]
     while len(parts) > 1:
         lowest = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
@@ -83,8 +83,8 @@ def special_tokens(config):
 
 class Tokenizer:
     """B prompts -> ids (B, length), int64. Special and added tokens that are written in a prompt count as such.
-    A prompt that is too long is cut, with a warning that shows what was cut. vocab: token -> id; merges: pairs of
-    tokens, by rank; config: tokenizer_config.json with everything that its folder says of special and added tokens.
+    A prompt that is too long is cut, with a warning that shows what was cut. `vocab`: token -> id; `merges`: pairs of
+    tokens, by rank; `config`: tokenizer_config.json with everything that its folder says of special and added tokens.
     Raises ValueError if they don't belong together."""
 
     def __init__(self, vocab, merges, config):

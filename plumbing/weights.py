@@ -76,7 +76,7 @@ def init_on_meta(network, config, where):
 
 def build(network, config, tensors, where):
     """network(config), frozen, made of exactly these tensors, which are not copied. Raises BadInput naming the
-    config's key, or the missing, unexpected and mis-shaped tensors. where: the name of the file, for the message."""
+    config's key, or the missing, unexpected and mis-shaped tensors. `where`: the name of the file, for the message."""
     module = init_on_meta(network, config, where)
     tensors = {remap_key(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
