@@ -70,8 +70,8 @@ def read_config(config, table, either=(), lists=("block_out_channels", "down_blo
             raise KeyError(key)
         is_list = isinstance(value, (list, tuple))
         if key in lists or (key in either and is_list):
-            levels = len(config[lists[0]])
-            check(key, value, f"one value for each of {lists[0]}", is_list and 0 < len(value) == levels)
+            good = is_list and 0 < len(value) == len(config[lists[0]])
+            check(key, value, f"one value for each of {lists[0]}", good)
             for item in value:
                 check(key, item, supported)
         else:

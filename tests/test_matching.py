@@ -1,21 +1,21 @@
-"""Distribution matching on Gaussians, where the best denoiser of either distribution has a closed form."""
+"""Distribution matching on Gaussians, where the best denoiser of either distribution has a closed form.
+
+- matching_loss's gradient at x is that of the plain identity_loss, and it reaches nothing but x.
+- It is the gradient of the Fisher divergence through the best critic, which is SiD's identity.
+- A student whose samples are the teacher's stays; another finds the teacher's mean and spread, without a sample of it.
+- A pixel beyond the bound of the teacher's predictions is drawn back.
+- The critic's loss is that of the network's own output, is least for the best denoiser, and its graph survives L_M.
+- Guidance is limited to alpha_t >= LEAST_SIGNAL: t <= 0.7 T of Stable Diffusion, half of T of DDPM.
+"""
 
 import pytest
 import torch
 
-from matching import critic_loss, limited_guidance, matching_loss
-from signal_ode import Schedule, add_noise, append_dims, clean_prediction
+from conftest import DDPM, SD, gaussian_denoiser, new_schedule
+from matching import LEAST_SIGNAL, critic_loss, identity_loss, limited_guidance, matching_loss
+from signal_ode import add_noise, append_dims, clean_prediction
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-MU, S = 0.7, 0.4                                            # the teacher's pictures: N(MU, S**2), every element
-
-
-def denoiser(schedule, mean, std):
-    """The best clean prediction of x_t, where pictures are N(mean, std**2)."""
-    def f(x_t, t, w=1.0):
-        alpha_t, sigma_t = append_dims(schedule.alpha(t), x_t), append_dims(schedule.sigma(t), x_t)
-        return mean + alpha_t * std**2 / (alpha_t**2 * std**2 + sigma_t**2) * (x_t - alpha_t * mean)
-    return f
+MU, S = 0.7, 0.4                                            # the teacher's samples: N(MU, S**2), every element
 
 
 def draw(num, seed=0):
@@ -25,19 +25,40 @@ def draw(num, seed=0):
     return x, n, torch.randint(20, 981, (num,), generator=rng)
 
 
+def parameters(*values):
+    return [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values]
+
+
 @pytest.fixture
-def schedule():
-    return Schedule(SD)
+def teacher(schedule):
+    return gaussian_denoiser(schedule, MU, S)
 
 
-def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(schedule):
+# ------------------------------------------------------------------------------------------------------ the gradient
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_the_gradient_at_x_is_that_of_the_plain_identity(schedule, teacher, clip):
+    """Through x itself and through the place x_tau, where each network is asked. With a bound, the critic is clamped
+    half as far again."""
+    x, n, tau = draw(8)
+    x.requires_grad_()
+    critic = gaussian_denoiser(schedule, 0.4, 0.9)
+    loss, h = matching_loss(x, teacher, critic, n, tau, schedule, clip)
+    x_tau = add_noise(x, n, tau, schedule)
+    bounded = critic(x_tau, tau) if clip is None else critic(x_tau, tau).clamp(-1.5 * clip, 1.5 * clip)
+    plain = identity_loss(x, teacher(x_tau, tau), bounded)
+    found = [torch.autograd.grad(z.sum(), x)[0] for z in (loss, plain)]
+    assert torch.allclose(*found, rtol=1e-9, atol=1e-15) and found[0].abs().max() > 1e-4
+    assert torch.equal(h, critic(x_tau, tau)) and (clip is None or not torch.equal(h, bounded))
+
+
+def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(schedule, teacher):
     """Of 1/2 || f - h ||^2, to m and s of a student m + s * eps, whose best critic has a closed form; through the place
     x_tau, too, if 1/2 || f - h ||^2 of the frozen critic is added, which is SiD's alpha of 1/2."""
     eps, n, _ = draw(20_000)
     tau = torch.full((len(eps),), 400)
-    m, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.2, 0.9))
-    x, teacher, best = m + s * eps, denoiser(schedule, MU, S), denoiser(schedule, m, s)
-    frozen, x_tau = denoiser(schedule, m.detach(), s.detach()), add_noise(x, n, tau, schedule)
+    m, s = parameters(0.2, 0.9)
+    x, best = m + s * eps, gaussian_denoiser(schedule, m, s)
+    frozen, x_tau = gaussian_denoiser(schedule, m.detach(), s.detach()), add_noise(x, n, tau, schedule)
 
     def gradient(loss):
         return torch.stack(torch.autograd.grad(loss, (m, s), retain_graph=True))
@@ -51,37 +72,37 @@ def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(s
         assert (sum_of_ours - exact).norm() < 0.02 * exact.norm()
 
 
-def test_nothing_but_the_picture_has_a_gradient(schedule):
+def test_nothing_but_the_sample_has_a_gradient(schedule):
     x, n, tau = draw(2)
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    network = lambda x_t, t, w=1.0: scale * x_t
+    [scale] = parameters(1.0)
+
+    def network(x_t, t, w=1.0):
+        return scale * x_t
     matching_loss(x.requires_grad_(), network, network, n, tau, schedule)[0].sum().backward()
     assert scale.grad is None and x.grad is not None
 
 
-def test_a_student_whose_pictures_are_the_teachers_stays(schedule):
+def test_a_student_whose_samples_are_the_teachers_stays(schedule, teacher):
     x, n, tau = draw(8)
     x = (MU + S * x).requires_grad_()
-    f = denoiser(schedule, MU, S)
-    loss, _ = matching_loss(x, f, f, n, tau, schedule)
+    loss, _ = matching_loss(x, teacher, teacher, n, tau, schedule)
     loss.sum().backward()
     assert loss.eq(0).all() and x.grad.eq(0).all()
 
 
-def test_a_pixel_beyond_those_of_a_picture_is_drawn_back(schedule):
-    """The teacher's predictions are clipped, and the critic, which knows the student's pictures, is beyond them."""
+def test_a_pixel_beyond_those_of_an_image_is_drawn_back(schedule, teacher):
+    """The teacher's predictions are clipped, and the critic, which knows the student's samples, is beyond them."""
     x, n, tau = draw(8)
-    x, f = (1.3 + 0.01 * x).requires_grad_(), denoiser(schedule, MU, S)
-    teacher = lambda x_t, t: f(x_t, t).clamp(-1, 1)
-    [gradient] = torch.autograd.grad(
-        matching_loss(x, teacher, denoiser(schedule, 1.3, 0.01), n, tau, schedule)[0].sum(), x)
+    x = (1.3 + 0.01 * x).requires_grad_()
+    loss, _ = matching_loss(x, lambda x_t, t: teacher(x_t, t).clamp(-1, 1), gaussian_denoiser(schedule, 1.3, 0.01), n,
+                            tau, schedule)
+    [gradient] = torch.autograd.grad(loss.sum(), x)
     assert gradient.flatten(1).mean(1).min() > 0
 
 
-def test_a_student_finds_the_teachers_mean_and_spread(schedule):
-    """A student m + s * eps, and a critic of two numbers that learns what it makes: it comes where the teacher's
-    pictures are, without one."""
-    m, s, h_m, h_s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.5, 1.0, 0.0, 0.8))
+def test_a_student_finds_the_teachers_mean_and_spread(schedule, teacher):
+    """A student m + s * eps, and a critic of two numbers that learns what it makes."""
+    m, s, h_m, h_s = parameters(-0.5, 1.0, 0.0, 0.8)
     student = torch.optim.Adam([m, s], 0.02, betas=(0.0, 0.99))
     critic = torch.optim.Adam([h_m, h_s], 0.04, betas=(0.0, 0.99))
     for step in range(400):
@@ -89,8 +110,8 @@ def test_a_student_finds_the_teachers_mean_and_spread(schedule):
             optimizer.param_groups[0]["lr"] *= 0.99
             optimizer.zero_grad()
         eps, n, tau = draw(16, step)
-        x, critic_of = m + s * eps, denoiser(schedule, h_m, h_s)
-        loss, h = matching_loss(x, denoiser(schedule, MU, S), critic_of, n, tau, schedule)
+        x = m + s * eps
+        loss, h = matching_loss(x, teacher, gaussian_denoiser(schedule, h_m, h_s), n, tau, schedule)
         loss.mean().backward()
         critic_loss(x.detach(), h, tau, schedule).mean().backward()
         student.step()
@@ -98,9 +119,10 @@ def test_a_student_finds_the_teachers_mean_and_spread(schedule):
     assert m.item() == pytest.approx(MU, abs=0.02) and s.item() == pytest.approx(S, abs=0.02)
 
 
+# -------------------------------------------------------------------------------------------------------- the critic
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
-    schedule = Schedule(SD | {"prediction_type": prediction})
+    schedule = new_schedule(prediction_type=prediction)
     x, n, tau = draw(6)
     out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     h = clean_prediction(out, add_noise(x, n, tau, schedule), tau, schedule)
@@ -114,31 +136,38 @@ def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
     x, n, tau = draw(1000)
     x = MU + S * x
     x_tau = add_noise(x, n, tau, schedule)
-    loss = [critic_loss(x, denoiser(schedule, m, s)(x_tau, tau), tau, schedule).mean()
+    loss = [critic_loss(x, gaussian_denoiser(schedule, m, s)(x_tau, tau), tau, schedule).mean()
             for m, s in ((MU, S), (MU + 0.05, S), (MU - 0.05, S), (MU, 1.1 * S), (MU, 0.9 * S))]
     assert min(loss) == loss[0]
 
 
-def test_guidance_is_limited_to_the_less_noisy_times():
-    w, tau = torch.tensor([3.0, 3.0, 7.0, 7.0, 1.0]), torch.tensor([700, 701, 1, 1000, 5])
-    told = lambda x_t, t, w, label: (w, label)
-    guided, label = limited_guidance(told, None, tau, 0.75, 700, w=w, label=2)
-    assert guided.tolist() == [2.5, 1.0, 5.5, 1.0, 1.0] and label == 2
-    assert limited_guidance(told, None, tau, 0.75, 700, label=2) == (1.0, 2)    # spares the unconditional pass
-    assert limited_guidance(told, None, tau, 0.75, 700, w=3.0, label=2)[0].tolist() == [2.5, 1.0, 2.5, 1.0, 2.5]
-
-
-def test_the_critics_graph_is_still_there_for_its_own_loss(schedule):
-    """Its gradient is that of a critic that is asked again. Where the teacher is clipped, h is too, half as far again,
-    but for L_M alone."""
+def test_the_critics_graph_is_still_there_for_its_own_loss(schedule, teacher):
+    """Its gradient is that of a critic that is asked again, unclamped."""
     x, n, tau = draw(8)
-    spread = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
-    critic = denoiser(schedule, 2.0, spread)
-    loss, h = matching_loss(x.requires_grad_(), denoiser(schedule, MU, S), critic, n, tau, schedule, clip=1.0)
+    [spread] = parameters(0.9)
+    critic = gaussian_denoiser(schedule, 2.0, spread)
+    loss, h = matching_loss(x.requires_grad_(), teacher, critic, n, tau, schedule, clip=1.0)
     loss.sum().backward()
-    clipped = lambda x_t, t: critic(x_t, t).clamp(-1.5, 1.5)
-    assert torch.equal(loss, matching_loss(x, denoiser(schedule, MU, S), clipped, n, tau, schedule)[0])
     again = critic(add_noise(x.detach(), n, tau, schedule), tau)
     assert torch.equal(h, again) and h.max() > 1.5 and spread.grad is None
     found = [torch.autograd.grad(critic_loss(x.detach(), z, tau, schedule).sum(), spread)[0] for z in (h, again)]
     assert torch.allclose(*found, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ the guidance
+@pytest.mark.parametrize("config, last", [(SD, 700), (DDPM, 494)])
+def test_guidance_is_limited_to_the_less_noisy_times(config, last):
+    """The rule before was t <= 700, of Stable Diffusion's schedule; half of T is what suited DDPM's."""
+    schedule, t = new_schedule(config), torch.arange(1, 1001)
+
+    def told(x_t, t, w, label):
+        return w, label
+    w = 2 + t % 7
+    guided, label = limited_guidance(told, None, t, schedule, w, label=2)
+    assert torch.equal(guided, torch.where(t <= last, w, 1)) and label == 2
+    assert torch.equal(guided != 1, schedule.alpha(t) >= LEAST_SIGNAL)
+    constant, _ = limited_guidance(told, None, t, schedule, 3.0, label=2)
+    assert torch.equal(constant, torch.where(t <= last, 3.0, 1.0))
+    assert limited_guidance(told, None, t, schedule, label=2) == (1.0, 2)           # spares the unconditional pass
+    for time in (last, last + 1):
+        assert limited_guidance(told, None, time, schedule, 3.0, label=2)[0] == (3.0 if time == last else 1.0)
