@@ -249,7 +249,7 @@ def train(args, run):
 
         for samples in run.micro_batches():                 # this process's share, as many at once as memory holds
             with run.memory_permitting():
-                x = L_M = L_C = None                        # A try that ran out of memory may have left something.
+                x = h = None                                # If a try before ran out of memory, this frees its graphs.
                 # This is all that a sample depends on: noise eps, times s < t, prompt, scale w; for matching n, tau.
                 numbers, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
                 eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
@@ -271,19 +271,22 @@ def train(args, run):
                     run.log(bootstrap=L_BS.sum() / args.batch, boundary=L_BC.sum() / num_boundary)
                     run.log_by_time(L_BS, t)
 
-                # Matching: the student's samples x must look alike to teacher and critic (L_M), and the critic must
-                # know what the student makes now (L_C). Before matching begins, x needs no gradient.
-                if critic_learns:
-                    with run.autocast(), torch.set_grad_enabled(match):
-                        x = student(eps, 0, **condition)
-                        if match:
-                            L_M, h = matching_loss(x, guided, critic, n, tau, schedule, teacher.clip, **condition)
-                    if match:
-                        run.backward(args.match * L_M.sum() / args.batch, student.network)
-                        run.log(matching=L_M.sum() / args.batch)
+                # Matching: teacher and critic must agree about the student's samples x (L_M).
+                if match:
                     with run.autocast():
-                        if not match:                       # L_M has asked the critic already
-                            h = critic(add_noise(x, n, tau, schedule), tau, **condition)
+                        x = student(eps, 0, **condition)
+                        L_M, h = matching_loss(x, guided, critic, n, tau, schedule, teacher.clip, **condition)
+                    run.backward(args.match * L_M.sum() / args.batch, student.network)
+                    run.log(matching=L_M.sum() / args.batch)
+                elif critic_learns:
+                    with run.autocast():
+                        with torch.no_grad():
+                            x = student(eps, 0, **condition)
+                        h = critic(add_noise(x, n, tau, schedule), tau, **condition)
+
+                # The critic must know what the student makes now (L_C).
+                if critic_learns:
+                    with run.autocast():
                         L_C = critic_loss(x.detach(), h, tau, schedule)
                     run.backward(L_C.sum() / args.batch, critic.network)
                     run.log(critic=L_C.sum() / args.batch)
