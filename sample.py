@@ -108,7 +108,7 @@ def read_inputs(args, student):
         raise BadInput(f"the student of teacher {teacher.spec} takes {takes}")
     if teacher.labels:
         teacher.encode(prompts)                             # an unknown class is found now
-    with parsing("sample.py"):
+    with parsing("command line"):
         most = MOST if len(seeds) == 1 else 1
         check("--num", args.num, f"1 to {MOST}, or 1 with several seeds", 1 <= args.num <= most)
         check("--batch", args.batch, [Number(int, 1, MOST)])
@@ -135,13 +135,14 @@ def sample_batch(student, args, jobs, condition):
 def make_images(student, args, jobs, about, folder, rank=0, world=1):
     """Write the images of the jobs, or this process's share of them, into a folder, but for those that are there.
     about: {key: value} that they have in common. Raises BadInput for a file that is not ours under one of the names."""
-    done, writing = find_done(folder, jobs, about), []
+    done = find_done(folder, jobs, about)
     batches = split_jobs(jobs, size=min(args.batch, len(jobs)))
     batches = batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
     encode = functools.lru_cache(1)(student.teacher.encode)
+    watched = rank == 0 and len(batches) > 1 and sys.stderr is not None and sys.stderr.isatty()
+    writing = []
     with ThreadPoolExecutor(WRITERS) as writers:
-        for prompts, batch in tqdm(batches, unit=" batches", disable=rank > 0 or len(batches) < 2,
-                                   mininterval=1 if sys.stderr.isatty() else 60):
+        for prompts, batch in tqdm(batches, unit=" batches", disable=not watched):
             if done.issuperset(batch):
                 continue
             rows = [prompts.index(job.prompt) for job in batch]
@@ -196,11 +197,11 @@ def main():
     if is_file:
         jobs = [jobs[0]._replace(file=args.out.name)]
     make_images(student, args, jobs, about, folder, rank, world)
-    if rank == 0:
-        names = [f"{folder / job.file}  {job.prompt}" for job in jobs]
-        print("\n".join(names) if len(jobs) <= FEW else f"{len(jobs)} images in {folder}")
     if args.grid:
         save_sheet(sheet, folder, jobs, across, about)
+    if rank == 0:                                           # last, because perhaps nobody reads it (`| head -1`)
+        names = [f"{folder / job.file}  {job.prompt}" for job in jobs]
+        print("\n".join(names) if len(jobs) <= FEW else f"{len(jobs)} images in {folder}")
 
 
 if __name__ == "__main__":

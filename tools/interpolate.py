@@ -100,7 +100,7 @@ def main():
                        f"{len(prompts)} and {len(scales)}: give as many of each, or one")
     if student.teacher.labels and len(prompts) > 1:
         raise BadInput("there is nothing between two labels: give one, and several --seed")
-    with parsing("tools.interpolate"):
+    with parsing("command line"):
         check("--frames", args.frames, f"{num} to 9999, to pass {num} stops", args.frames in Number(int, num, 9999))
     if args.out.suffix.lower() in Image.registered_extensions():
         raise BadInput(f"--out {args.out} looks like a file: a film and its frames take a folder")
