@@ -106,10 +106,7 @@ def add_options(parser):
 
 def guidance_scale(text):
     """A number, or the list of two that LO:HI stands for."""
-    try:
-        scales = [float(w) for w in text.split(":")]
-    except ValueError:
-        scales = []
+    scales = [float(w) for w in text.split(":")]            # argparse reports a ValueError
     if len(scales) not in (1, 2) or not all(map(math.isfinite, scales)) or scales != sorted(set(scales)):
         raise argparse.ArgumentTypeError(f"--guidance {text} is neither a number nor LO:HI")
     return scales if len(scales) == 2 else scales[0]
