@@ -77,7 +77,8 @@ def copy(tmp_path):
 
 
 def edit(path, **changes):
-    """Change keys of a JSON file, or write one of these keys."""
+    """Change keys of a JSON file, or write one of these keys where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(old | changes), encoding="utf-8")
 

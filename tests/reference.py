@@ -1,4 +1,4 @@
-"""Our networks and schedules beside the reference libraries', of one config, with the same random weights and inputs."""
+"""Our networks and schedules beside the reference libraries' of one config, with equal random weights and inputs."""
 
 import inspect
 

@@ -1,124 +1,45 @@
-"""Teachers from a hub: a server on 127.0.0.1 that speaks the hub's protocol, and what goes wrong with one."""
+"""Teachers from a hub, which is a server on 127.0.0.1 that speaks the hub's protocol, and what may stand for one.
+
+- A hub teacher is the teacher; only its files are fetched, once; the cache serves when the hub does not.
+- A broken transfer goes on where it broke off; whatever else fails is one sentence.
+- A named teacher tries its mirrors, and its weights are the published ones by the sha256 that the hub states.
+- Names, folders, hub ids and addresses are understood; what can be none of them is one sentence.
+"""
 
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlparse
 
 import huggingface_hub.constants as constants
 import pytest
 
-import checkpoint
+import plumbing.hub
+from conftest import TINY, edit
 from plumbing.files import BadInput
-from plumbing.hub import TINY
+from plumbing.hub import is_embedded, last_name, resolve
 from plumbing.weights import WEIGHTS
-from conftest import HUB_PORT
+from student import load_student
 from teacher import load_teacher
 
-COMMIT = "c" * 40
+
+def downloads(hub):
+    """(path in its repository, range) of every file that was asked for."""
+    return [(path.split("/resolve/")[1].split("/", 1)[1], span) for method, path, span in hub.seen
+            if method == "GET" and "/resolve/" in path]
 
 
-class Hub(ThreadingHTTPServer):
-    """repos: {"owner/name": folder}. fail: {part of a path: status, "gated" or "cut"}. seen: (method, path, range)."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", HUB_PORT), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(key.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def error(self, status, code):
-        self.answer(status, X_Error_Code=code, X_Error_Message=code)
-
-    def do_GET(self):
-        hub, path = self.server, unquote(urlparse(self.path).path)
-        hub.seen.append((self.command, path, self.headers.get("Range")))
-        fault = next((fault for part, fault in hub.fail.items() if part in path), None)
-        if fault == "gated":
-            return self.error(403, "GatedRepo")
-        if isinstance(fault, int):
-            return self.answer(fault)
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        repo, revision = (api[1], api[3]) if api else (file[1], file[2]) if file else (None, None)
-        if repo not in hub.repos:
-            return self.error(401, "RepoNotFound")          # the hub hides what is private: 401, not 404
-        if revision not in (None, "main", "v1", COMMIT):
-            return self.error(404, "RevisionNotFound")
-        folder = hub.repos[repo]
-        if api:
-            names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-            tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in names]
-            info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-            return self.answer(200, json.dumps(tree if api[2] == "tree" else info).encode(),
-                               Content_Type="application/json")
-        if not (folder / file[3]).is_file():
-            return self.error(404, "EntryNotFound")
-        body = (folder / file[3]).read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
-        if self.command == "HEAD":
-            return self.answer(200, body, **headers)
-        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
-        if fault == "cut" and start == 0:                   # half of it, and the line goes dead
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[:len(body) // 2])
-            self.close_connection = True
-            return
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206 if start else 200, body[start:], **headers)
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture(scope="module")
-def server():                                               # one for all tests: the client keeps its connections
-    return Hub()
-
-
-@pytest.fixture
-def hub(server, tmp_path, monkeypatch):
-    hub = server
-    hub.repos, hub.fail, hub.seen = {}, {}, []
-    folder = shutil.copytree(TINY, tmp_path / "repo", ignore=shutil.ignore_patterns("evaluation", "judge"))
-    (folder / "v1-5-pruned.safetensors").write_bytes(b"too much")
-    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    hub.repos["somebody/tiny"] = folder
-    monkeypatch.setattr(time, "sleep", lambda _: None)      # the client's pauses between attempts
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return hub
-
-
-def test_hub_teacher_is_the_teacher_and_only_its_files_are_fetched(hub, tiny):
+# ------------------------------------------------------------------------------------------------- what is fetched
+def test_hub_teacher_is_the_teacher_and_only_its_files_are_fetched(hub, tiny, call, tmp_path):
     assert load_teacher("somebody/tiny").fingerprint == tiny.fingerprint
-    fetched = {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in hub.seen if "/resolve/" in path}
+    fetched = {name for name, _ in downloads(hub)}
     assert f"unet/{WEIGHTS}" in fetched and "tokenizer/merges.txt" in fetched
     assert not any(name.endswith((".bin", ".md", ".png")) or name.startswith("v1-5") for name in fetched)
     hub.seen.clear()
-    load_teacher("somebody/tiny")
-    assert not any(method == "GET" and "/resolve/" in path for method, path, _ in hub.seen)     # from the cache
+    code, said, error = call("train", "--teacher", "somebody/tiny", "--out", tmp_path / "run", "--dry-run")
+    assert code == 0 and "somebody/tiny -> " in said, error
+    assert hub.seen and not downloads(hub)                  # from the cache
 
 
 def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):
@@ -136,7 +57,7 @@ def test_broken_transfer_goes_on_where_it_broke_off(hub, tiny, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)      # what is kept of a broken transfer
     hub.fail[f"unet/{WEIGHTS}"] = "cut"
     assert load_teacher("somebody/tiny").fingerprint == tiny.fingerprint
-    begun = [span for method, path, span in hub.seen if method == "GET" and path.endswith(f"unet/{WEIGHTS}")]
+    begun = [span for name, span in downloads(hub) if name == f"unet/{WEIGHTS}"]
     assert begun[0] is None and int(begun[1].removeprefix("bytes=").removesuffix("-")) > 2**20
 
 
@@ -156,99 +77,138 @@ def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
 def test_full_disk_is_named(hub, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoint, "snapshot_download", full)
+    monkeypatch.setattr(plumbing.hub, "snapshot_download", full)
     with pytest.raises(BadInput, match="somebody/tiny does not fit on this disk: make room, or set HF_HOME"):
         load_teacher("somebody/tiny")
 
 
-def test_repository_without_safetensors_is_refused(hub):
-    for path in hub.repos["somebody/tiny"].rglob("*.safetensors"):
-        path.unlink()
-    with pytest.raises(BadInput, match="only pickled weights.*convert them once"):
+@pytest.mark.parametrize("ends, message", [
+    ([".safetensors"], "only pickled weights.*convert them once"), ([".safetensors", ".bin"], "no weights in safeten")])
+def test_repository_without_safetensors_is_refused(hub, ends, message):
+    for path in hub.repos["somebody/tiny"].rglob("*"):
+        if path.suffix in ends:
+            path.unlink()
+    with pytest.raises(BadInput, match=message):
         load_teacher("somebody/tiny")
-    for path in hub.repos["somebody/tiny"].rglob("*.bin"):
-        path.unlink()
-    with pytest.raises(BadInput, match="no weights in safetensors"):
-        load_teacher("somebody/tiny")
-
-
-def named(*repositories, **sha256):
-    """An entry of hub.json."""
-    return {"repositories": list(repositories), "sha256": sha256}
 
 
 def test_tokenizers_of_every_layout_are_fetched(hub, tiny):
     """Added tokens; and tokenizer.json without the two older files, as transformers 5 writes it."""
     folder = hub.repos["somebody/tiny"] / "tokenizer"
-    (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": len(tiny.tokenizer.vocab)}))
+    edit(folder / "added_tokens.json", **{"<cat-toy>": len(tiny.tokenizer.vocab)})
     with pytest.raises(BadInput, match="vocab_size = .* is not supported"):
         load_teacher("somebody/tiny")
     vocab = json.loads((folder / "vocab.json").read_text())
     merges = (folder / "merges.txt").read_text().splitlines()[1:]
     for name in ("added_tokens.json", "vocab.json", "merges.txt"):
         (folder / name).unlink()
-    whole = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    edit(folder / "tokenizer.json", model={"vocab": vocab, "merges": merges}, added_tokens=[])
     hub.repos["else/tiny"] = hub.repos["somebody/tiny"]
     assert load_teacher("else/tiny").tokenizer.vocab == tiny.tokenizer.vocab
 
 
 @pytest.mark.parametrize("index", [
     {"unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}, None])
-def test_a_model_of_latents_does_not_pass_as_one_of_pixels(hub, index):
+def test_a_model_of_latents_does_not_pass_as_one_of_pixels(hub, tmp_path, index):
     """Not even where no model_index.json says what it is."""
-    folder = shutil.copytree(TINY / "pixel", hub.repos["somebody/tiny"].parent / "latent")
-    (folder / "vqvae").mkdir()
-    (folder / "vqvae" / "config.json").write_text("{}")
+    folder = shutil.copytree(TINY / "pixel", tmp_path / "latent")
+    edit(folder / "vqvae" / "config.json")
     (folder / "model_index.json").unlink(missing_ok=True)
     if index:
-        (folder / "model_index.json").write_text(json.dumps(index))
+        edit(folder / "model_index.json", **index)
     hub.repos["somebody/latent"] = folder
     for spec in (folder, "somebody/latent"):
         with pytest.raises(BadInput, match="vqvae = .* is not supported" if index else "on latents is not supported"):
             load_teacher(spec)
 
 
-def test_named_teacher_tries_mirrors_and_checks_its_hash(hub, tiny, monkeypatch, capsys):
+# -------------------------------------------------------------------------------------------------- named teachers
+@pytest.fixture
+def name(hub, monkeypatch):
+    """A function: repositories and {part: sha256} -> what sd21 stands for from now on."""
+    def name(*repositories, **sha256):
+        monkeypatch.setitem(plumbing.hub.HUB, "sd21", {"repositories": list(repositories), "sha256": sha256})
+    return name
+
+
+PUBLISHED = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_named_teacher_tries_mirrors_and_checks_its_weights(hub, name, tiny, tmp_path, capsys):
     """The first mirror is gone, the second has other weights than published, the third is right."""
-    good = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
-    wrong = shutil.copytree(hub.repos["somebody/tiny"], hub.repos["somebody/tiny"].parent / "wrong")
-    with open(wrong / "unet" / WEIGHTS, "r+b") as file:
-        file.seek(-1, 2), file.write(b"!")
-    hub.repos["bad/mirror"] = wrong
-    monkeypatch.setitem(checkpoint.HUB, "sd21", named("gone/mirror", "bad/mirror", "somebody/tiny", unet=good))
+    wrong = hub.repos["bad/mirror"] = shutil.copytree(hub.repos["somebody/tiny"], tmp_path / "wrong")
+    (wrong / "unet" / WEIGHTS).write_bytes((wrong / "unet" / WEIGHTS).read_bytes()[:-1] + b"!")
+    name("gone/mirror", "bad/mirror", "somebody/tiny", unet=PUBLISHED)
     found = load_teacher("sd21")
     assert found.spec == "sd21" and found.fingerprint == tiny.fingerprint
     assert "sd21 is somebody/tiny" in capsys.readouterr().err
+    name("gone/mirror", "bad/mirror", unet=PUBLISHED)
+    cached = set((tmp_path / "cache").rglob("*"))
+    with pytest.raises(BadInput, match="gone/mirror does not exist.*bad/mirror has another unet/.* sha256"):
+        load_teacher("sd21")
+    assert set((tmp_path / "cache").rglob("*")) >= cached               # nothing is deleted
     hub.fail["/"] = 503                                     # the cache is checked as well
-    monkeypatch.setitem(checkpoint.HUB, "sd21", named("somebody/tiny", vae=good))
+    name("somebody/tiny", vae=PUBLISHED)
     with pytest.raises(BadInput, match="somebody/tiny has another vae/"):
         load_teacher("sd21")
-    hub.fail.clear()
-    monkeypatch.setitem(checkpoint.HUB, "sd21", named("gone/mirror", "bad/mirror", unet=good))
-    for _ in range(2):                                      # the wrong file was not left in the cache
-        with pytest.raises(BadInput, match="gone/mirror does not exist.*bad/mirror has another unet/.* deleted again"):
-            load_teacher("sd21")
-    fetched = [path for method, path, _ in hub.seen if method == "GET" and path.startswith("/bad/mirror/resolve")]
-    assert sum(path.endswith("unet/" + WEIGHTS) for path in fetched) == 3
 
 
-def test_weights_are_hashed_once_for_each_file(hub, monkeypatch):
-    """However many processes start, together or later; a file that has changed is hashed again."""
-    hashed, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
-    good = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
-    monkeypatch.setitem(checkpoint.HUB, "sd21", named("somebody/tiny", unet=good))
-    folder = load_teacher("sd21").folder
+def test_published_weights_are_told_by_the_name_that_the_cache_gives_them(hub, name, monkeypatch):
+    """Nothing is hashed: a link leads to a file that is called by the sha256 that the hub states. Without links there
+    is no such name, and no check."""
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed"))
+    name("somebody/tiny", unet=PUBLISHED)
     load_teacher("sd21")
-    assert len(hashed) == 1
-    path = folder / "unet" / WEIGHTS
-    os.utime(path, (1, 1))
-    with ThreadPoolExecutor() as pool:
-        assert set(pool.map(checkpoint.hash_once, [path] * 4)) == {good}
-    assert len(hashed) == 2
+    name("somebody/tiny", unet="0" * 64)
+    with pytest.raises(BadInput, match=f"another unet/{WEIGHTS} than published: sha256 {PUBLISHED[:12]}, not 000000"):
+        load_teacher("sd21")
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{constants.HF_HUB_CACHE}2")
+    assert not (load_teacher("sd21").folder / "unet" / WEIGHTS).is_symlink()
 
 
-def test_train_command_takes_a_hub_id(hub, call, tmp_path):
-    code, out, error = call("train", "--teacher", "somebody/tiny", "--out", tmp_path / "run", "--dry-run")
-    assert code == 0 and "somebody/tiny -> " in out, error
+# ------------------------------------------------------------------------------------------ what may stand for a teacher
+@pytest.fixture
+def asked(monkeypatch):
+    """The (repository, revision) that the hub is asked for, which is always the embedded teacher."""
+    asked = []
+    monkeypatch.setattr(plumbing.hub, "fetch", lambda *what: asked.append(what) or TINY)
+    return asked
+
+
+@pytest.mark.parametrize("spec, repo, revision", [
+    ("https://huggingface.co/some/body", "some/body", None), ("https://huggingface.co/some/body/", "some/body", None),
+    ("http://hf.co/some/body/tree/main", "some/body", "main"), ("some/body/", "some/body", None),
+    ("https://www.huggingface.co/some/body/tree/refs%2Fpr%2F1/unet?x=1#y", "some/body", "refs/pr/1"),
+    ("https://huggingface.co/some/body.v2?library=x", "some/body.v2", None), ("some/body@v1", "some/body", "v1")])
+def test_addresses_of_the_hub_are_understood(asked, spec, repo, revision):
+    assert resolve(spec) == (TINY, spec.rstrip("/"))
+    load_student(spec)
+    assert asked == [(repo, revision)] * 2 and last_name(spec) == repo.split("/")[1]
+
+
+def test_names_and_folders_with_and_without_slashes(tmp_path, monkeypatch, asked):
+    assert resolve(f"{TINY}/pixel/") == resolve(TINY / "pixel")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny/") == resolve("tiny") and is_embedded("tiny/")
+    (tmp_path / "sd21").mkdir()                             # a folder, though sd21 is a name
+    assert resolve("sd21/")[0].resolve() == tmp_path / "sd21" and not asked
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("https://civitai.com/models/4384", "nor a hub id"), ("https://huggingface.co/gpt2", "nor a hub id"),
+    ("a/b/c", "nor a hub id"), ("sd-21", "nor a hub id"),
+    ("v1-5.safetensors", "is one file, not a folder.*from_single_file"),
+    ("https://huggingface.co/a/b/blob/main/x.safetensors", "is one file, not a folder.*from_single_file")])
+def test_what_can_be_no_teacher_is_one_sentence(call, tmp_path, asked, spec, message):
+    for line in (["train", "--teacher", spec, "--out", tmp_path / "run"], ["sample", "--prompt", "x", "--student", spec]):
+        code, _, error = call(*line)
+        assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
+    assert not asked
+
+
+def test_what_is_no_name_lists_the_names_and_what_may_be_a_path_says_that_it_is_none(hub):
+    with pytest.raises(BadInput, match="'sd-21' is neither a name .*tiny, .*sd21, .*nor a hub id"):
+        resolve("sd-21")
+    with pytest.raises(BadInput, match="tiny/pixle is no folder here, and at the hub tiny/pixle does not exist"):
+        resolve("tiny/pixle")
