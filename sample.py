@@ -70,7 +70,8 @@ def parse_seeds(text):
 def parse_args():
     parser = new_parser(__doc__)
     parser.add_argument("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
-    parser.add_argument("--compare", type=int, nargs="+", default=[], metavar="K", help="left of it, DDIM in K steps")
+    parser.add_argument("--compare", type=int, nargs="+", default=[], metavar="K", help="left of each "
+                        "image, the teacher's DDIM in K steps from the same noise")
     parser.add_argument("--grid", action="store_true", help="also one sheet of all images, grid.png")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files; or the name.png "
                         "of a single image, or with --grid of the sheet alone (default: %(default)s)")
@@ -184,8 +185,7 @@ def main():
     if is_file:
         folder, sheet = args.out.parent, args.out
     across = len(scales) if len(scales) > 1 else len(prompts)
-    if across == 1:
-        across = round(len(jobs) ** 0.5)
+    across = across if across > 1 else round(len(jobs) ** 0.5)          # images of one prompt make a square
     if args.grid:
         read_about(sheet)                                   # refuses to replace somebody's file now, not after an hour
 

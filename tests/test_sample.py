@@ -229,7 +229,7 @@ def test_all_is_sampled_whoever_listens(tmp_path, shell):
 # ------------------------------------------------------------------------------------------------------- the refusals
 @pytest.mark.parametrize("options, message", [
     ((), "takes --prompt TEXT, or --prompts FILE"), (("--label", "bag"), "takes --prompt TEXT"),
-    ((*PIXEL, "hat"), "has no class 'hat': "), ((*PIXEL, "bag", "--decoder", TINY / "decoder"), "it needs no decoder"),
+    ((*PIXEL, "bag", "--label", "hat"), "no class 'hat': "), ((*PIXEL, "bag", "--decoder", TINY / "decoder"), "it needs no decoder"),
     ((*TWO, "--decoder", TINY / "vae"), "AutoencoderKL"), ((*TWO, "--student", ROOT / "docs"), "holds no student"),
     ((*TWO, "--teacher", ROOT / "docs"), "holds no model in the diffusers layout: there is no scheduler_config.json"),
     ((*TWO, "--prompts", "none.txt"), "none.txt is missing"), ((*TWO, "--num", 0), "--num = 0 is not supported: 1 to"),
