@@ -1,5 +1,5 @@
-"""tools.interpolate: a film begins and ends where it should, moves smoothly, and replaces an older film; noise stays noise
-on the way; what can't be is one sentence. (tests/test_sample.py: files that are not ours are never replaced.)
+"""tools.interpolate: a film begins and ends where it should, moves smoothly, and replaces an older film. Noise on the way
+stays as long as noise is. What can't be is one sentence. test_sample.py tests that a file that is not ours stays.
 """
 
 import numpy as np

@@ -1,13 +1,14 @@
 """sample.py: what its images depend on, what it skips, and what it refuses.
 
-Images     each PNG stores what made it; it depends on its seed, and not on the others, their number or their batch;
-           several seeds, prompts, scales, classes; sheets; the teacher beside the student; refined; a small decoder;
-           compiled; two processes make what one makes.
-Prompts    each is encoded once; too long, not UTF-8, or with a character that the terminal lacks.
-Again      the same command skips what is there and goes on after a kill; what would be another image is made anew;
-           a file that is not ours is never replaced, nor anything written beside it (tools.interpolate, too).
-           All images are made, also where nobody reads the output.
-Refusals   what can't be is one sentence and exit code 2; images that are not finite are not written.
+Images: each PNG stores what made it. An image depends on its seed, and not on the other images or their number. Several
+seeds, prompts, scales and classes; sheets; the teacher's images beside the student's; refined, with a small decoder, or
+compiled. Two processes make what one makes.
+Prompts: each is encoded once. One that is too long or not UTF-8 is a warning. A character that the terminal lacks is
+escaped.
+Again: the same command skips what is there, and goes on after a kill. An image of ours that was made otherwise is made
+anew. A file that is not ours is never replaced, by tools.interpolate neither. All images are made, even if nobody reads
+the output.
+Refusals: what can't be is one sentence and exit code 2. Images that are not finite are not written.
 """
 
 import functools
@@ -229,7 +230,8 @@ def test_all_is_sampled_whoever_listens(tmp_path, shell):
 # ------------------------------------------------------------------------------------------------------- the refusals
 @pytest.mark.parametrize("options, message", [
     ((), "takes --prompt TEXT, or --prompts FILE"), (("--label", "bag"), "takes --prompt TEXT"),
-    ((*PIXEL, "bag", "--label", "hat"), "no class 'hat': "), ((*PIXEL, "bag", "--decoder", TINY / "decoder"), "it needs no decoder"),
+    ((*PIXEL, "bag", "--label", "hat"), "has no class 'hat': "),
+    ((*PIXEL, "bag", "--decoder", TINY / "decoder"), "it needs no decoder"),
     ((*TWO, "--decoder", TINY / "vae"), "AutoencoderKL"), ((*TWO, "--student", ROOT / "docs"), "holds no student"),
     ((*TWO, "--teacher", ROOT / "docs"), "holds no model in the diffusers layout: there is no scheduler_config.json"),
     ((*TWO, "--prompts", "none.txt"), "none.txt is missing"), ((*TWO, "--num", 0), "--num = 0 is not supported: 1 to"),
