@@ -1,5 +1,5 @@
-"""tools.interpolate: a film begins and ends where it should, moves smoothly, and replaces an older film. Noise on the way
-stays as long as noise is. What can't be is one sentence. test_sample.py tests that a file that is not ours stays.
+"""tools.interpolate: a film begins and ends where it should, moves smoothly, and replaces an older film. Noise on the
+way stays as long as noise is. What can't be is one sentence. test_sample.py tests that a file that is not ours stays.
 """
 
 import numpy as np
