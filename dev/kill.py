@@ -1,10 +1,12 @@
-"""Kill training at random moments, again and again: is the state bitwise that of an undisturbed run?
+"""Kill training at random moments, again and again: is its state bitwise that of an undisturbed run?
 
-    python -m tools.kill                                20 kills of one process, 5 min on two cores
-    python -m tools.kill --processes 2 --kills 10       one of two at a time, which torchrun has to restart; Linux
+    python -m dev.kill                                      20 kills of one process, 5 minutes on two cores
+    python -m dev.kill --processes 2 --kills 10             one of two at a time, which torchrun restarts; Linux
+    python -m dev.kill --kills 2 -- --precision bf16        with options of train.py
 
-Small batches of the embedded teacher, with matching, and a checkpoint after every second step, so that many a kill
-meets one. A moment is drawn from the whole of an undisturbed run, its start included.
+A run is small batches of the embedded teacher, with matching, and a checkpoint after every second step, so that many
+kills meet one. A moment is drawn from the length of an undisturbed run, its start included. One should see each kill,
+and at the end that every state was the same; otherwise the command names the run whose state differs, and fails.
 """
 
 import argparse
@@ -22,31 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from plumbing.files import BadInput, command
 from plumbing.checkpoints import checkpoints, load
+from plumbing.files import BadInput, command
+from plumbing.hub import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--save-every", 2, "--sample-every", 0)
-PATIENCE = 120          # seconds in which a job with a killed process must have ended well
-
-
-def start(out, args):
-    """A job: python, or torchrun with several processes, which restarts them up to three times."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}", "--max-restarts=3")
-    line = [sys.executable, *(torchrun if args.processes > 1 else ()), *RUN, "--steps", args.steps, "--out", out]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "a") as log:
-        return subprocess.Popen(list(map(str, line)), cwd=ROOT, stdout=log, stderr=log,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def workers(process):
-    """The numbers of torchrun's processes, which it may still have to start."""
-    while process.poll() is None:
-        if found := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            return [int(number) for number in found]
-        time.sleep(0.01)
-    return []
+RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--every", 2, "--samples", 0)
+PATIENCE = 120          # seconds in which torchrun must have brought a job with a killed process to its end
 
 
 def read_state(out):
@@ -65,55 +48,82 @@ def differences(out, other):
             if not tensor.equal(theirs[name])}
 
 
-def finish(process, out, seconds=None):
+def start(out, args):
+    """A job: python, or torchrun with several processes, which restarts them up to three times."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}", "--max-restarts=3")
+    line = [sys.executable, *(torchrun if args.processes > 1 else ()), *RUN, "--steps", args.steps, "--out", out]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as log:
+        return subprocess.Popen(list(map(str, [*line, *args.options])), cwd=ROOT, stdout=log, stderr=log,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(job, out, seconds=None):
     """Wait for a job, which must end well. Raises BadInput."""
     try:
-        code = process.wait(seconds)
+        code = job.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.terminate()
+        job.terminate()
         raise BadInput(f"not at its end {seconds} seconds after the kill: see {out / 'output.txt'}") from None
     if code:
         raise BadInput(f"exit code {code}: see {out / 'output.txt'}")
 
 
+def victims(job, args):
+    """The processes of a job that trains: itself, or torchrun's children, which may not have been started yet."""
+    if args.processes == 1:
+        return [job.pid]
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    while job.poll() is None and not children.read_text():
+        time.sleep(0.01)
+    return [] if job.poll() is not None else [int(number) for number in children.read_text().split()]
+
+
+def train_and_kill(out, args, length, draw, most):
+    """A run that is killed at moments up to its undisturbed length, and started again after each, until it is whole.
+    Returns how often it was killed, `most` times at most."""
+    kills = 0
+    while True:
+        job, moment = start(out, args), draw.uniform(0, length)
+        time.sleep(moment)
+        alive = victims(job, args) if kills < most and job.poll() is None else []
+        if not alive:                                       # it has ended by itself, or may do so
+            finish(job, out)
+            return kills
+        with contextlib.suppress(ProcessLookupError):       # it ends at this moment
+            os.kill(draw.choice(alive), signal.SIGKILL)
+        kills += 1
+        print(f"a kill after {moment:.1f} s", flush=True)
+        if args.processes > 1:
+            finish(job, out, PATIENCE)
+            return kills
+        job.wait()
+
+
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--processes", type=int, default=1)
-    p.add_argument("--kills", type=int, default=20)
-    p.add_argument("--steps", type=int, default=30)
-    p.add_argument("--seed", type=int, default=0, help="of the moments")
-    p.add_argument("--out", type=Path, help="(default: a temporary folder)")
-    args = p.parse_args()
+    option = parser.add_argument
+    option("--processes", type=int, default=1)
+    option("--kills", type=int, default=20)
+    option("--steps", type=int, default=30)
+    option("--seed", type=int, default=0, help="of the moments")
+    option("--out", type=Path, help="(default: a temporary folder)")
+    option("options", nargs="*", help="after --: train.py's, such as -- --precision bf16")
+    args = parser.parse_args()
     draw, out = random.Random(args.seed), args.out or Path(tempfile.mkdtemp())
+    whole, killed = out / "whole", out / "killed"
     began = time.time()
-    finish(start(out / "whole", args), out / "whole")
-    took = time.time() - began
-    print(f"undisturbed: {took:.0f} s")
+    finish(start(whole, args), whole)
+    length = time.time() - began
+    print(f"undisturbed: {length:.0f} s")
     kills = 0
     while kills < args.kills:
-        shutil.rmtree(out / "killed", ignore_errors=True)
-        ended = False
-        while not ended:
-            process, moment = start(out / "killed", args), draw.uniform(0, took)
-            time.sleep(moment)
-            victims = workers(process) if args.processes > 1 else [process.pid]
-            ended = process.poll() is not None or kills == args.kills or not victims
-            if not ended:
-                with contextlib.suppress(ProcessLookupError):               # it has just ended by itself
-                    os.kill(draw.choice(victims), signal.SIGKILL)
-                kills += 1
-                print(f"kill {kills} after {moment:.1f} s", end="", flush=True)
-            killed = time.time()
-            if args.processes > 1 or ended:
-                finish(process, out / "killed", PATIENCE)
-                print(f"; at its end {time.time() - killed:.0f} s later" if not ended else "", flush=True)
-                ended = True
-            else:
-                process.wait()
-                print()
-        if wrong := differences(out / "whole", out / "killed"):
-            raise BadInput(f"after {kills} kills {len(wrong)} tensors of the state are others: {out / 'killed'}")
+        shutil.rmtree(killed, ignore_errors=True)
+        kills += train_and_kill(killed, args, length, draw, args.kills - kills)
+        if wrong := differences(whole, killed):
+            raise BadInput(f"after {kills} kills {len(wrong)} tensors of the state differ, by up to "
+                           f"{max(wrong.values()):.1e}: {killed}")
     print(f"{kills} kills: every state was bitwise the undisturbed one")
 
 

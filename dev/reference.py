@@ -1,10 +1,13 @@
-"""The loop that one would write on diffusers and transformers to train the same: what train.py is timed against.
+"""The loop that one would write on diffusers and transformers to train the same student, which train.py is timed beside.
 
-    loop = Loop(teacher, args, prompts, match_from)         # args: train.py's, settled
-    loop.step(k, lr)
+    loop = Loop(teacher, prompts, args)                     # args: train.py's, with all defaults resolved
+    for step in range(args.steps):
+        loop.step(step)
 
-The same weights, draws and mathematics, loss by loss; the libraries' networks, text encoder and average, and torch's
-AdamW as it comes. Of a teacher of text, on one device.
+`python -m dev.bench --step` runs it. It has the same weights, draws and rates as train.py and the plain losses of
+signal_ode.py and matching.py, one after the other. Networks, tokenizer, text encoder and EMA are the libraries', and
+AdamW is torch's default. After any number of steps its weights must be train.py's, up to rounding. It is for teachers
+of text on one device, in float32 or bfloat16.
 """
 
 import functools
@@ -15,110 +18,113 @@ from diffusers.training_utils import EMAModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train
-from matching import critic_loss, limited_guidance, matching_loss
+from matching import critic_loss, identity_loss, limited_guidance
 from signal_ode import add_noise, bootstrap_loss, boundary_loss, cfg, clean_prediction, student_signal
 from student import set_trainable
 
 
 class Loop:
-    """teacher: ours, of which it takes folder, schedule, device and precision. match_from: the first matched step."""
+    """teacher: our Teacher, of which it takes the folder, schedule, device and dtype. .networks: {name: network} of
+    what learns, by the names of train.py's checkpoints."""
 
-    def __init__(self, teacher, args, prompts, match_from):
-        self.args, self.prompts, self.match_from = args, prompts, match_from
+    def __init__(self, teacher, prompts, args):
+        self.args, self.prompts = args, prompts
         self.schedule, self.shape = teacher.schedule, teacher.shape
         self.device, self.dtype, folder = teacher.device, teacher.dtype, teacher.folder
+        self.critic_from, self.match_from = train.begin_of_matching(args, 0, 0)
         unet = functools.partial(UNet2DConditionModel.from_pretrained, folder, subfolder="unet",
-                                 low_cpu_mem_usage=False)                   # for weights that are not in the file
+                                 low_cpu_mem_usage=False)               # so that it accepts weights not in the file
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=self.dtype)
-        self.text.to(self.device)
-        self.empty = self.encode([args.negative_prompt])
+        self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=self.dtype)
+        self.text_encoder.to(self.device)
+        self.uncond = self.encode([args.negative_prompt])
         self.unet = unet(torch_dtype=self.dtype).to(self.device).requires_grad_(False)
-        self.network = unet(class_embed_type="timestep").train()            # an embedding of the target time, zero
-        self.network.class_embedding.load_state_dict(self.network.time_embedding.state_dict())
-        for p in self.network.class_embedding.linear_2.parameters():
+        student = unet(class_embed_type="timestep").to(self.device).train()             # the target time's embedding,
+        student.class_embedding.load_state_dict(student.time_embedding.state_dict())    # whose last layer is zero
+        for p in student.class_embedding.linear_2.parameters():
             torch.nn.init.zeros_(p)
-        self.critic_network = unet().train()
-        self.networks = {"network": self.network.to(self.device), "critic_network": self.critic_network.to(self.device)}
+        set_trainable(student)
+        self.networks = {"student": student, "critic": unet().to(self.device).train()}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
-        set_trainable(self.network)
-        self.optimizer = adam([p for p in self.network.parameters() if p.requires_grad], args.lr)
-        self.critic_optimizer = adam(self.critic_network.parameters(), args.critic_lr)
-        self.ema = EMAModel(self.network.parameters(), decay=args.ema)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-        self.limited = functools.partial(limited_guidance, self.denoise, share=args.match_guidance,
-                                         until=args.match_until * self.schedule.T)
+        self.student_adam = adam([p for p in student.parameters() if p.requires_grad], args.lr)
+        self.critic_adam = adam(self.networks["critic"].parameters(), args.critic_lr)
+        self.ema = EMAModel(student.parameters(), decay=args.ema)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @torch.no_grad()
     def encode(self, prompts):
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=self.tokenizer.model_max_length)
-        return self.text(tokens.input_ids.to(self.device)).last_hidden_state
+        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
 
-    def denoise(self, x_t, t, w, text):
-        """The teacher's guided clean prediction: both conditions in one batch, as in the pipelines."""
-        x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, self.empty.expand_as(text)])
+    def teacher(self, x_t, t, w, text):
+        """f(x_t, t), guided: with and without the prompt in one batch, as the pipelines do it."""
+        x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, self.uncond.expand_as(text)])
         with torch.autocast(self.device.type, enabled=False):
             out = self.unet(x_t.to(self.dtype), self.schedule.timestep(t), text).sample
-        return guide(*clean_prediction(out, x_t, t, self.schedule).chunk(2), w)
+        return cfg(*clean_prediction(out, x_t, t, self.schedule).chunk(2), w)
 
     def student(self, eps, t, w, text):
-        return student_signal(self.output, eps, t, self.args.input_time, self.schedule, text=text)
+        return student_signal(self.student_output, eps, t, self.args.input_time, self.schedule, text=text)
 
-    def output(self, x_i, i, t, text):
-        index = torch.full((len(x_i),), self.schedule.timestep(i), device=self.device)
-        return self.network(x_i, index, text, class_labels=t).sample
+    def student_output(self, x_i, i, t, text):
+        timestep = torch.full((len(x_i),), self.schedule.timestep(i), device=self.device)
+        return self.networks["student"](x_i, timestep, text, class_labels=t).sample
 
     def critic(self, x_t, t, w, text):
-        out = self.critic_network(x_t, self.schedule.timestep(t), text).sample
+        out = self.networks["critic"](x_t, self.schedule.timestep(t), text).sample
         return clean_prediction(out, x_t, t, self.schedule)
 
-    def step(self, k, lr):
+    def step(self, step):
+        """One step of train.py."""
         args, schedule = self.args, self.schedule
-        matches, critic_learns = k >= self.match_from, k >= self.match_from - args.warmup
-        on_path = not matches or (k + 1) % train.PATH_EVERY == 0
-        mixed = functools.partial(train.autocast, self.device, self.dtype)
-        self.optimizer.param_groups[0] |= {"lr": lr, "betas": (train.MATCH_BETA_1 if matches else train.BETA_1, 0.99)}
-        self.optimizer.zero_grad()
-        self.critic_optimizer.zero_grad()
+        match, critic_learns = step >= self.match_from, step >= self.critic_from
+        boot = not match or (step + 1) % train.BOOT_EVERY == 0
+        rate, beta_1 = train.learning_rate(step, args, self.match_from), train.MATCH_BETA_1 if match else train.BETA_1
+        self.student_adam.param_groups[0] |= {"lr": rate, "betas": (beta_1, 0.99)}
+        self.student_adam.zero_grad()
+        self.critic_adam.zero_grad()
         for first in range(0, args.batch, args.micro_batch):
             samples = range(first, first + args.micro_batch)
-            prompt, *drawn = train.draw(args.seed, k, samples, self.shape, schedule.T, len(self.prompts), args.guidance)
+            numbers, *drawn = train.draw(args.seed, step, samples, self.shape, schedule.T, len(self.prompts),
+                                         args.guidance)
             eps, t, w, n, tau = (tensor.to(self.device) for tensor in drawn)
             s = (t - round(schedule.T / args.num_steps)).clamp(min=0)
-            text = self.encode([self.prompts[p] for p in prompt])
-            condition = {"w": w, "text": text}
-            few = train.boundary_samples(args, first)
-            if on_path and len(eps[few]):
-                with mixed():
-                    L_BC = boundary_loss(self.student, self.denoise, eps[few], schedule, w=w[few], text=text[few])
-                self.backward(args.boundary_weight / len(range(0, args.batch, train.BOUNDARY_EVERY)), L_BC)
-            if on_path:
-                with mixed():
-                    L_BS = bootstrap_loss(self.student, self.denoise, eps, t, s, schedule, args.solver, **condition)
-                self.backward(1 / args.batch, L_BS)
+            condition = {"w": w, "text": self.encode([self.prompts[k] for k in numbers])}
+            rows = slice(-first % train.BOUNDARY_EVERY, None, train.BOUNDARY_EVERY)
+            if boot:
+                with self.autocast():
+                    L_BS = bootstrap_loss(self.student, self.teacher, eps, t, s, schedule, args.solver, **condition)
+                (L_BS.sum() / args.batch).backward()
+            if boot and args.beta and len(eps[rows]):
+                some = {name: value[rows] for name, value in condition.items()}
+                with self.autocast():
+                    L_BC = boundary_loss(self.student, self.teacher, eps[rows], schedule, **some)
+                (args.beta * L_BC.sum() / len(range(0, args.batch, train.BOUNDARY_EVERY))).backward()
             if critic_learns:
-                with mixed(), torch.set_grad_enabled(matches):
+                with self.autocast(), torch.set_grad_enabled(match):
                     x = self.student(eps, torch.zeros_like(t), **condition)
-            if matches:
-                with mixed():
-                    L_M, _ = matching_loss(x, self.limited, self.critic, n, tau, schedule, **condition)
-                self.backward(args.match / args.batch, L_M)
+            if match:
+                self.networks["critic"].requires_grad_(False)               # L_M is to teach the student alone
+                with self.autocast():
+                    x_tau = add_noise(x, n, tau, schedule)
+                    f = limited_guidance(self.teacher, x_tau, tau, schedule, **condition)
+                    L_M = identity_loss(x, f, self.critic(x_tau, tau, **condition))
+                (args.match * L_M.sum() / args.batch).backward()
+                self.networks["critic"].requires_grad_(True)
             if critic_learns:
-                with mixed():
-                    h = self.critic(add_noise(x.detach(), n, tau, schedule), tau, **condition)
-                    L_C = critic_loss(x.detach(), h, tau, schedule)
-                self.backward(1 / args.batch, L_C)
-        self.update(self.optimizer, self.network)
+                x = x.detach()
+                with self.autocast():
+                    h = self.critic(add_noise(x, n, tau, schedule), tau, **condition)
+                    L_C = critic_loss(x, h, tau, schedule)
+                (L_C.sum() / args.batch).backward()
+        self.update("student", self.student_adam)
         if critic_learns:
-            self.update(self.critic_optimizer, self.critic_network)
-        self.scaler.update()
-        self.ema.step(self.network.parameters())
+            self.update("critic", self.critic_adam)
+        self.ema.step(self.networks["student"].parameters())
 
-    def backward(self, weight, loss):
-        self.scaler.scale(weight * loss.sum()).backward()
-
-    def update(self, optimizer, network):
-        self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        self.scaler.step(optimizer)
+    def update(self, name, adam):
+        torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), 1.0)
+        adam.step()
