@@ -1,0 +1,110 @@
+"""The figure that teaches BOOT in one look, from the embedded teacher and the shipped student.
+
+    python -m dev.figure                                    writes docs/boot.png
+
+All cells belong to one noise eps and one prompt. Columns are times, from T to 0. One should see three rows: the
+teacher's DDIM states x_t, which are noisy until the end; the Signal-ODE's states y_t of the same trajectory, which are
+never noisy; and the student g(eps, t), each cell of which is one pass, close to the y_t above it. Below is one step of
+training: the target for g(eps, s), made of g(eps, t) by one step of the teacher.
+
+Latents are decoded as they are. x_t has about unit variance at every t, and the decoder shows its noise as coloured
+blobs. The student is tiny/student, which was trained by BOOT and then matched. Every fifth step of matching still has
+BOOT's losses, so its g(eps, t) follows y_t. Only g(eps, 0) is matched: it is sharper than BOOT alone makes it, and for
+other seeds it differs more from y_0. The step drawn is Euler's over one column, T / 6; train.py takes Heun's over T / 10.
+Needs matplotlib.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from plumbing.files import command
+from plumbing.images import noise, to_pil
+from signal_ode import add_noise, signal_step, solve
+from student import load_student
+
+COLUMNS, STEPS = 7, 48      # of the figure; and of the teacher, of which every eighth state is shown
+FROM = 2                    # the column where the step that is drawn starts
+ROWS = (("$x_t$", "the teacher's sampler, from\n$x_T = \\epsilon$: noisy until the end"),
+        ("$y_t$", "its signal, the Signal-ODE:\nnever noisy"),
+        (r"$g(\epsilon, t)$", "the student: every cell\nis one pass from $\\epsilon$"))
+BLUE, GREY = "#0b5cad", "#555555"
+
+
+@torch.no_grad()
+def make_cells(prompt, seed):
+    """(times, rows, step): rows of PIL images, x_t, y_t and g(eps, t); and of one step, its x_t and its target."""
+    student = load_student()
+    teacher, w = student.teacher, student.pick_guidance()
+    eps, condition, schedule = noise([seed], teacher.shape), teacher.encode([prompt]), teacher.schedule
+    every, grid = STEPS // (COLUMNS - 1), schedule.grid(STEPS)
+    times = grid[::every]
+    x, y = (solve(teacher.denoise, eps, grid, schedule, space=space, w=w, **condition)[::every] for space in "xy")
+    g = [student(eps, t, **condition) for t in times]
+    t, s = times[FROM:FROM + 2]
+    x_t = add_noise(g[FROM], eps, t, schedule)
+    y_s = signal_step(g[FROM], teacher.denoise(x_t, t, w=w, **condition), t, s, schedule)
+    *rows, step = (to_pil(teacher.decode(torch.cat(states))) for states in (x, y, g, [x_t, y_s]))
+    return times, rows, step
+
+
+def draw(times, rows, step):
+    """The figure. Its unit is a cell; the rows' names are left of x = 0."""
+    figure = plt.figure(figsize=(9, 4.7), dpi=200)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-2.3, 7.0), ylim=(4.55, -0.36), autoscale_on=False)
+    axes.axis("off")
+
+    def show(image, x, y):
+        axes.imshow(image, extent=(x, x + 0.94, y + 0.94, y), interpolation="nearest", aspect="auto")
+
+    def arrow(start, end):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 2, "mutation_scale": 14})
+
+    def write(x, y, text, size=9, color=GREY, ha="left"):
+        axes.text(x, y, text, size=size, color=color, va="center", ha=ha, linespacing=1.3)
+
+    names = [f"t = {t}" for t in times]
+    names[0], names[FROM + 1] = f"t = T = {times[0]}", f"s = {times[FROM + 1]}"
+    for k, name in enumerate(names):
+        stepping = k in (FROM, FROM + 1)
+        write(k + 0.47, -0.15, name, color=BLUE if stepping else GREY, ha="center")
+        for y, row in enumerate(rows):
+            show(row[k], k, y)
+        if stepping:
+            axes.add_patch(plt.Rectangle((k, 2), 0.94, 0.94, fill=False, color=BLUE, lw=2))
+    write(-2.2, -0.15, r"one noise $\epsilon$, one prompt")
+    for y, (name, text) in enumerate(ROWS):
+        write(-2.2, y + 0.24, name, 16, "black")
+        write(-2.2, y + 0.68, text)
+
+    # One bootstrap step: g(eps, t) is noised, the teacher steps on from there, and g(eps, s) learns the result.
+    show(step[0], FROM - 1, 3.55)
+    show(step[1], FROM + 1, 3.55)
+    arrow((FROM + 0.3, 2.97), (FROM - 0.3, 3.53))
+    arrow((FROM - 0.02, 4.02), (FROM + 0.97, 4.02))
+    arrow((FROM + 1.47, 3.53), (FROM + 1.47, 2.98))
+    write(FROM + 0.3, 3.27, "noised to $x_t$\nby the same $\\epsilon$", color=BLUE)
+    write(FROM + 0.47, 3.87, "the teacher's", color=BLUE, ha="center")
+    write(FROM + 0.47, 4.17, "step", color=BLUE, ha="center")
+    write(FROM + 1.6, 3.25, "the bootstrap loss:\n$g(\\epsilon, s)$ learns the target", color=BLUE)
+    write(FROM + 2.03, 4.02, "the target for $g(\\epsilon, s)$:\n$y_t + (1 - r)\\,(f(x_t, t) - y_t)$\n"
+          "with $y_t = g(\\epsilon, t)$", color=BLUE)
+    arrow((0.47, 3.4), (0.47, 2.98))
+    write(0.85, 3.7, "the boundary loss:\n$g(\\epsilon, T)$ learns $f(\\epsilon, T)$", color=BLUE, ha="right")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/boot.png"))
+    parser.add_argument("--prompt", default="a red ankle boot on a yellow background")
+    parser.add_argument("--seed", type=int, default=14)
+    args = parser.parse_args()
+    draw(*make_cells(args.prompt, args.seed)).savefig(args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    command(main)
