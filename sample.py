@@ -11,11 +11,11 @@ guidance and student. The same command again skips the images that are there.
 """
 
 import argparse
-import functools
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from plumbing.configs import Number, check
 from plumbing.files import BadInput, command, parsing
 from plumbing.hub import TINY
-from plumbing.images import find_done, image_grid, list_jobs, noise, read_about, save_png, split_jobs, to_pil
+from plumbing.images import image_grid, is_made, noise, read_about, save_png, to_pil
 from plumbing.processes import PRECISION, pick_device, torchrun
 from plumbing.prompts import read_prompts, readable
 from student import REFINE_FROM, load_student
@@ -52,7 +52,6 @@ def new_parser(description):
            "T / 5 on: more detail, at two passes a step (default: %(default)s)")
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
     option("--decoder", help="folder or hub id of a small decoder (AutoencoderTiny, such as madebyollin/taesd): faster")
-    option("--compile", action="store_true", help="torch.compile the networks: faster, after minutes of compiling")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     option("--precision", choices=list(PRECISION), default="fp32", help="(default: %(default)s)")
     return parser
@@ -85,12 +84,6 @@ def open_student(args, local_rank=0):
     teacher = student.teacher
     if args.decoder:
         teacher.use_decoder(args.decoder)
-    if args.compile:                                        # it happens at the first call
-        student.network.compile()
-        if teacher.vae is not None:
-            teacher.vae.decode = torch.compile(teacher.vae.decode)
-        if args.compare or args.refine:
-            teacher.unet.compile()
     return student, {"student": "/".join(Path(args.student).resolve().parts[-2:]), "weights": student.fingerprint,
                      "decoder": teacher.decoder or "", "precision": args.precision,
                      "compare": args.compare or "", "refine": args.refine or ""}
@@ -120,9 +113,32 @@ def read_inputs(args, student):
 
 
 # --------------------------------------------------------------------------------------------------------- the images
-def sample_batch(student, args, jobs, condition):
+class Job(NamedTuple):
+    """An image: the name of its file, and what it is made from."""
+    file: str
+    prompt: str
+    seed: int
+    guidance: float
+
+
+def list_jobs(num, seeds, prompts, scales):
+    """The images in the order of a sheet, row by row. A row has all prompts, each at all the scales. A single seed
+    counts on, over `num` rows: image N has seed + N. Several seeds have a row each."""
+    several, jobs, digits = len(seeds) > 1, [], len(str(len(prompts) - 1))
+    for row, first in enumerate(seeds if several else seeds * num):
+        for k, prompt in enumerate(prompts):
+            seed = first if several else first + row * len(prompts) + k
+            which = f"-{k:0{digits}}" if several and len(prompts) > 1 else ""
+            for w in scales:
+                scale = f"-w{w}" if len(scales) > 1 else ""
+                jobs.append(Job(f"{seed:06d}{which}{scale}.png", prompt, seed, w))
+    return jobs
+
+
+def sample_batch(student, args, jobs):
     """A PIL image of each job: the student's sample, and left of it the teacher's, one for each --compare."""
     teacher, seeds = student.teacher, [job.seed for job in jobs]
+    condition = teacher.encode([job.prompt for job in jobs])
     eps = noise(seeds, teacher.shape).to(teacher.device)                                # (B, C, h, w)
     w = student.guidance                                    # a number, because 1 spares the unconditional pass
     if student.ranged:
@@ -135,35 +151,27 @@ def sample_batch(student, args, jobs, condition):
 
 def make_images(student, args, jobs, about, folder, rank=0, world=1):
     """Write the images of the jobs, or this process's share of them, into a folder, but for those that are there.
-    about: {key: value} that they have in common. Raises BadInput for a file that is not ours under one of the names."""
-    done = find_done(folder, jobs, about)
-    batches = split_jobs(jobs, size=min(args.batch, len(jobs)))
-    batches = batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
-    encode = functools.lru_cache(1)(student.teacher.encode)
-    watched = rank == 0 and len(batches) > 1 and sys.stderr is not None and sys.stderr.isatty()
-    writing = []
+    `about`: {key: value} that they have in common. Raises BadInput for a file that is not ours under one of the names.
+    """
+    made = {job for job in jobs if is_made(folder / job.file, job._asdict() | about)}
+    size = min(args.batch, len(jobs))
+    batches = [jobs[first:first + size] for first in range(0, len(jobs), size)][rank::world]
     with ThreadPoolExecutor(WRITERS) as writers:
-        for prompts, batch in tqdm(batches, unit=" batches", disable=not watched):
-            if done.issuperset(batch):
+        for batch in tqdm(batches, unit=" batches", disable=rank > 0 or len(batches) < 2 or not sys.stderr.isatty()):
+            if made.issuperset(batch):
                 continue
-            rows = [prompts.index(job.prompt) for job in batch]
-            condition = {name: values[rows] for name, values in encode(prompts).items()}
-            images = dict(zip(batch, sample_batch(student, args, batch, condition)))
-            for written in writing:                         # of the batch before, so that no more than one waits
-                written.result()
-            writing = [writers.submit(save_png, folder / job.file, image, job._asdict() | about)
-                       for job, image in images.items() if job not in done]
-        for written in writing:
-            written.result()
+            batch = batch + batch[-1:] * (size - len(batch))            # the last bits depend on the size of a batch
+            images = {job: image for job, image in zip(batch, sample_batch(student, args, batch)) if job not in made}
+            paths, abouts = [folder / job.file for job in images], [job._asdict() | about for job in images]
+            list(writers.map(save_png, paths, images.values(), abouts))
 
 
-def save_sheet(path, folder, jobs, across, about):
-    """Write the sheet of all the images in a folder, so many in a row, and print its name."""
+def save_sheet(path, folder, jobs, across, least, about):
+    """Write one image of all the jobs' images in a folder, so many in a row, of `least` pixels each or more."""
     images = [Image.open(folder / job.file).convert("RGB") for job in jobs]
     prompts, seeds, scales = ("\n".join(map(str, dict.fromkeys(column))) for column in list(zip(*jobs))[1:])
-    grid = image_grid([images[k:k + across] for k in range(0, len(images), across)], 96)
+    grid = image_grid([images[k:k + across] for k in range(0, len(images), across)], least)
     save_png(path, grid, {"prompt": prompts, "seed": seeds, "guidance": scales} | about)
-    print(path)
 
 
 @torch.no_grad()
@@ -176,32 +184,29 @@ def main():
     is_file = args.out.suffix.lower() in Image.registered_extensions() and not args.out.is_dir()
     if args.grid and world > 1:
         raise BadInput("--grid is for one process")
-    if is_file and args.out.suffix.lower() != ".png":
-        raise BadInput(f"--out {args.out} is not supported: images are .png files")
-    if is_file and len(jobs) > 1 and not args.grid:
-        raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: add --grid, or give a folder")
-
-    folder, sheet = args.out, args.out / "grid.png"
-    if is_file:
-        folder, sheet = args.out.parent, args.out
+    if is_file and (args.out.suffix.lower() != ".png" or (len(jobs) > 1 and not args.grid)):
+        raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: give a folder, or the name of a .png file "
+                       "for a single image, or with --grid for the sheet")
     across = len(scales) if len(scales) > 1 else len(prompts)
-    across = across if across > 1 else round(len(jobs) ** 0.5)          # images of one prompt make a square
-    if args.grid:
+    if across == 1:
+        across = round(len(jobs) ** 0.5)
+    least = 96 if args.grid else 0
+    sheet = args.out if is_file else args.out / "grid.png"
+    if is_file or args.grid:
         read_about(sheet)                                   # refuses to replace somebody's file now, not after an hour
 
-    if is_file and args.grid:                               # the sheet alone
+    if is_file:
         with tempfile.TemporaryDirectory() as hidden:
             make_images(student, args, jobs, about, Path(hidden))
-            save_sheet(sheet, Path(hidden), jobs, across, about)
-        return
-    if is_file:
-        jobs = [jobs[0]._replace(file=args.out.name)]
-    make_images(student, args, jobs, about, folder, rank, world)
-    if args.grid:
-        save_sheet(sheet, folder, jobs, across, about)
-    if rank == 0:                                           # last, because perhaps nobody reads it (`| head -1`)
-        names = [f"{folder / job.file}  {job.prompt}" for job in jobs]
-        print("\n".join(names) if len(jobs) <= FEW else f"{len(jobs)} images in {folder}")
+            save_sheet(sheet, Path(hidden), jobs, across, least, about)
+    else:
+        make_images(student, args, jobs, about, args.out, rank, world)
+        if args.grid:
+            save_sheet(sheet, args.out, jobs, across, least, about)
+    if rank == 0:                                           # last, because somebody may have closed the output
+        names = [f"{args.out / job.file}  {job.prompt}" for job in jobs] if not is_file else []
+        names += [str(sheet)] if is_file or args.grid else []
+        print("\n".join(names) if len(jobs) <= FEW else f"{len(jobs)} images in {args.out}")
 
 
 if __name__ == "__main__":

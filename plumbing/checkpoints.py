@@ -73,15 +73,14 @@ def check_options(out, options, saved):
         raise BadInput(f"{out} holds another run ({'; '.join(differ)}): repeat its options or choose another --out")
 
 
-def check_space(out, state, student):
-    """Raise BadInput if the disk cannot hold three checkpoints, of which two are kept, and a student that is replaced.
-    `state`, `student`: bytes of their files."""
-    files = [path for folder in (out / "state", out / "student") for path in folder.rglob("*.safetensors")]
-    need = 3 * state + 2 * student - sum(path.stat().st_size for path in files)
+def check_space(out, size):
+    """Raise BadInput if the disk cannot hold three checkpoints of `size` bytes: two are kept while a third is written.
+    """
+    need = 3 * size - sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {state / 1e9:.2f} GB "
+        raise BadInput(f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes {size / 1e9:.2f} GB "
                        "on disk, and there are three of them while one is written")
 
 

@@ -25,6 +25,7 @@ class BadInput(ValueError):
 
 def command(main):
     """Run the main() of a command. A BadInput is one line and exit code 2, and a warning is one line."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # both closed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                  # an emoji must not end a run in a cp1252 terminal
             stream.reconfigure(errors="backslashreplace")

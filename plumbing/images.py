@@ -3,14 +3,15 @@
     eps = noise([7, 8], teacher.shape)                      # each sample from a generator of its own
     rows = [to_pil(images)]
     save_png(path, image_grid(rows), {"prompt": "a red bag", "seed": 7})
-    done = find_done(folder, list_jobs(...), about)         # what sample.py has made before
+    is_made(path, {"prompt": "a red bag", "seed": 7})       # True: need not be made again
+
+A PNG file under its final name is whole.
 """
 
 import contextlib
 import io
 import json
 import os
-from collections import namedtuple
 
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont
@@ -81,59 +82,17 @@ def read_about(path):
     BadInput for any other file, because that is somebody's and must not be replaced."""
     if not os.path.lexists(path):
         return {}
-    try:
-        with Image.open(path) as image:
-            about = image.info
-            if image.format == "WEBP":                      # a film
-                about = json.loads(image.getexif()[ExifTags.Base.ImageDescription])
-    except Exception:                                       # Pillow raises many kinds for files that it can't read
-        about = {}
-    if not {"weights", "prompt"} <= about.keys():
-        raise BadInput(f"{path} was not made by this project, and stays as it is: move it away, or give another --out")
-    return about
+    with contextlib.suppress(Exception), Image.open(path) as image:         # Pillow raises many kinds of errors
+        about = image.info
+        if image.format == "WEBP":                          # a film has no text chunks
+            about = json.loads(image.getexif()[ExifTags.Base.ImageDescription])
+        if {"prompt", "weights"} <= about.keys():
+            return about
+    raise BadInput(f"{path} was not made by this project, and is not replaced: move it away, or choose another --out")
 
 
-# ------------------------------------------------------------------------------------------- the images of a command
-Job = namedtuple("Job", "file prompt seed guidance")        # one image: the name of its file, and what it depends on
-
-
-def list_jobs(num, seeds, prompts, scales):
-    """The images in the order of a sheet, row by row. A row has all prompts, each at all the scales. A single seed
-    counts on, over `num` rows: image N has seed + N. Several seeds have a row each."""
-    several, jobs, digits = len(seeds) > 1, [], len(str(len(prompts) - 1))
-    for row, first in enumerate(seeds if several else seeds * num):
-        for k, prompt in enumerate(prompts):
-            seed = first if several else first + row * len(prompts) + k
-            which = f"-{k:0{digits}}" if several and len(prompts) > 1 else ""
-            for w in scales:
-                scale = f"-w{w}" if len(scales) > 1 else ""
-                jobs.append(Job(f"{seed:06d}{which}{scale}.png", prompt, seed, w))
-    return jobs
-
-
-def find_done(folder, jobs, about):
-    """The jobs whose images are there already, as their text chunks say. A file under its name is whole (save_png). An
-    image of ours that was made from something else is not among them. Raises BadInput for a file that is not ours."""
-    done = set()
-    for job in jobs:
-        wanted = text_chunks(job._asdict() | about)
-        del wanted["student"]                               # its folder may have moved; the weights are what counts
-        if wanted.items() <= read_about(folder / job.file).items():
-            done.add(job)
-    return done
-
-
-def split_jobs(jobs, size):
-    """[(prompts, jobs)]: batches of `size` jobs, which have at most as many prompts. Batches of the same prompts follow
-    each other, so that each prompt is encoded once and few are held in memory. The last batch of some prompts is filled
-    up with its last job, because the last bits of an image depend on the shape of its batch."""
-    distinct, batches = list(dict.fromkeys(job.prompt for job in jobs)), []
-    part = {prompt: k // size for k, prompt in enumerate(distinct)}
-    parts = [[] for _ in range(0, len(distinct), size)]
-    for job in jobs:
-        parts[part[job.prompt]].append(job)
-    for k, members in enumerate(parts):
-        prompts = tuple(distinct[k * size:(k + 1) * size])
-        members += members[-1:] * (-len(members) % size)
-        batches += [(prompts, members[first:first + size]) for first in range(0, len(members), size)]
-    return batches
+def is_made(path, about):
+    """Whether a file is the image that `about` describes. Raises BadInput for one that is not ours."""
+    wanted = text_chunks(about)
+    del wanted["student"]                                   # its folder may have moved; the weights are what counts
+    return wanted.items() <= read_about(path).items()

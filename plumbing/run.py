@@ -147,15 +147,10 @@ class Run(contextlib.ExitStack):
         args, self.ema, self.write_student = self.args, ema, write_student
         if self.rank > 0:
             return
-        size = sum(tensor.nbytes for tensor in self.state.values())
-        weights = list(ema.network.parameters())
         resuming = f"; resuming at step {self.start}" if self.start else ""
-        millions = sum(p.numel() for p in weights) / 1e6
-        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {millions:.1f} M "
-              f"parameters, {len(self.prompts)} prompts, {args.steps} steps of {args.batch}, {self.micro_batch} at "
-              f"once, {summary}{resuming}; a checkpoint takes {size / 1e9:.2f} GB on disk, and there are three of "
-              "them while one is written", flush=True)
-        check_space(args.out, size, sum(p.nbytes for p in weights))
+        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps of "
+              f"{args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}", flush=True)
+        check_space(args.out, sum(tensor.nbytes for tensor in self.state.values()))
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop
