@@ -18,8 +18,8 @@ We cannot differentiate through the critic's training. SiD's identity supplies t
 is zero for every student with its own best critic, so its gradient at a fixed critic is the missing one.
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
-The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), whose parameter alpha is 1.2 as published and 1 here. Its scale
-is DMD's (Yin et al. 2024, 2311.18828). FreeFlow (2511.19428) matches beside a path that is learned from noise alone.
+The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), with a parameter alpha that is 1.2 as published and 1 here. Its
+scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow (2511.19428) matches beside a path learned from noise alone.
 Limited guidance is from Kynkaanniemi et al. 2024 (2404.07724). Arguments and shapes are those of signal_ode.py.
 """
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.configs import (TEXT_CONFIG, TINY_VAE_CONFIG, TINY_VAE_LISTS, UNET_INPUTS, VAE_CONFIG, check, is_pixel,
+from plumbing.configs import (TEXT_CONFIG, TINY_VAE_CONFIG, TINY_VAE_LISTS, VAE_CONFIG, check, is_pixel,
                               read_config, read_unet_config, target_slot)
 
 
@@ -124,7 +124,7 @@ def attend(q, k, v, heads, causal=False):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C)."""
+    """Multi-head attention of x (B, N, C) to a context (B, L, D), which may be x -> (B, N, C)."""
 
     def __init__(self, channels, context, heads):
         super().__init__()
@@ -134,8 +134,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x, context=None):
-        context = x if context is None else context
+    def forward(self, x, context):
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
@@ -181,7 +180,8 @@ class TransformerBlock(nn.Module):
         self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x, text):
-        x = x + self.attn1(self.norm1(x))
+        h = self.norm1(x)                                                       # (B, N, C)
+        x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff.net[2](self.ff.net[0](self.norm3(x)))
 
@@ -340,9 +340,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
-        `text`: (B, L, D), or label: (B,) int64, as the network was trained. `target`: (B,), the time that a student
-        shall predict; `guidance`: (B,), its guidance scale. Raises ValueError if one is missing or not wanted."""
-        self.check_inputs(text=text, target=target, guidance=guidance, label=label)
+        `text`: (B, L, D), or `label`: (B,) int64, as the network was trained. `target`: (B,), the time that a student
+        shall predict. `guidance`: (B,), its guidance scale. The config says which of them the network has."""
         emb = self.embed(t, target, guidance, label)                            # (B, 4 * c_0)
         x = self.conv_in(x.to(self.conv_in.weight.dtype))                       # (B, c_0, h, w)
         skips = [x]
@@ -358,22 +357,16 @@ class UNet(nn.Module):
             x = F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype)))    # (B, c_0, h, w)
             return self.conv_out(x)                                             # (B, out, h, w)
 
-    def check_inputs(self, **inputs):
-        given = {name for name, value in inputs.items() if value is not None}
-        takes = {name for key, name in UNET_INPUTS.items() if self.settings.get(key)}
-        if given != takes:
-            raise ValueError(f"this network takes {sorted(takes)}, not {sorted(given)}")
-
     def embed(self, t, target, guidance, label):
         """The sum of the embeddings of time, guidance, label and target time, (B,) each -> (B, 4 * c_0)."""
-        if guidance is not None:
-            c = self.settings
+        c = self.settings
+        if c["time_cond_proj_dim"]:
             guidance = guidance_sinusoid(guidance, c["time_cond_proj_dim"], c["time_cond_fastest"])
         emb = self.time_embedding(self.sinusoid(t), guidance)
-        if label is not None:
+        if c["num_class_embeds"]:
             emb = emb + self.class_embedding(label)
-        if target is not None:
-            target_embedding = self.get_submodule(f"{target_slot(self.settings)}_embedding")
+        if c["class_embed_type"] or c["target_embed_type"]:
+            target_embedding = self.get_submodule(f"{target_slot(c)}_embedding")
             emb = emb + target_embedding(self.sinusoid(target))
         return emb
 

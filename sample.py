@@ -26,7 +26,7 @@ from plumbing.files import BadInput, command, parsing
 from plumbing.hub import TINY
 from plumbing.images import image_grid, is_made, noise, read_about, save_png, to_pil
 from plumbing.processes import PRECISION, pick_device, torchrun
-from plumbing.prompts import read_prompts, readable
+from plumbing.prompts import read_prompts
 from student import REFINE_FROM, load_student
 
 FEW = 64                # so many images, or fewer, are named one by one
@@ -92,8 +92,7 @@ def open_student(args, local_rank=0):
 def read_inputs(args, student):
     """Lists of prompts, seeds and guidance scales. Raises BadInput for what the student does not take."""
     teacher, kind = student.teacher, student.teacher.condition_type
-    prompts = [readable(text) for text in args.prompt + args.label]
-    prompts += read_prompts(args.prompts) if args.prompts else []
+    prompts = args.prompt + args.label + (read_prompts(args.prompts) if args.prompts else [])
     seeds = [seed for part in args.seed for seed in part]
     scales = [student.pick_guidance(w) for w in args.guidance]
     wrong = {"prompt": args.label, "label": args.prompt, None: prompts}[kind]
@@ -185,8 +184,8 @@ def main():
     if args.grid and world > 1:
         raise BadInput("--grid is for one process")
     if is_file and (args.out.suffix.lower() != ".png" or (len(jobs) > 1 and not args.grid)):
-        raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: give a folder, or the name of a .png file "
-                       "for a single image, or with --grid for the sheet")
+        raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: give a folder, or the name of a .png "
+                       "file for a single image, or with --grid for the sheet")
     across = len(scales) if len(scales) > 1 else len(prompts)
     if across == 1:
         across = round(len(jobs) ** 0.5)
@@ -204,9 +203,8 @@ def main():
         if args.grid:
             save_sheet(sheet, args.out, jobs, across, least, about)
     if rank == 0:                                           # last, because somebody may have closed the output
-        names = [f"{args.out / job.file}  {job.prompt}" for job in jobs] if not is_file else []
-        names += [str(sheet)] if is_file or args.grid else []
-        print("\n".join(names) if len(jobs) <= FEW else f"{len(jobs)} images in {args.out}")
+        written = [sheet] if is_file else [args.out / job.file for job in jobs] + [sheet] * args.grid
+        print("\n".join(map(str, written)) if len(written) <= FEW else f"{len(jobs)} images in {args.out}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,6 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", **cond
     Dividing by 1 - r measures the error in units of the clean prediction. It is the exact form of the paper's weight,
     1 / (lam' delta)^2, because 1 - r -> lam' delta for small steps delta = t - s.
     `student`: callable (eps, t, **condition) -> y_t. `teacher`: callable (x_t, t, **condition) -> f. `t`, `s`: (B,)."""
-    check_solver(solver)
     with torch.no_grad():                       # the weights being trained, not their average: the paper needs no EMA
         y_t = student(eps, t, **condition)
         f = teacher(add_noise(y_t, eps, t, schedule), t, **condition)
@@ -133,7 +132,8 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
     states y_t, which start at y_T = f(eps, T); this is the student's reference. `start` replaces either start.
     The solver "euler" takes f at t. "heun" takes the mean of f at t and at the predicted s.
     `denoise`: callable (x_t, t, **condition) -> f, t an int. `grid`: decreasing ints, such as schedule.grid(50)."""
-    check_solver(solver)
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver = {solver!r} is not supported: euler or heun")
     step = ddim_step if space == "x" else signal_step
     if start is None:
         start = eps if space == "x" else denoise(eps, grid[0], **condition)
@@ -150,17 +150,11 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
     return states
 
 
-def check_solver(solver):
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"solver = {solver!r} is not supported: euler or heun")
-
-
 # ------------------------------------------------------------------------------------- the same losses, in fewer passes
 def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler", **condition):
     """(L_BS, L_BC): bootstrap_loss of each sample, (B,), and boundary_loss of those that the slice `boundary` picks,
     (B',). Both losses share one pass of each network, which is what train.py calls. Where the slice picks any sample,
     all values of the condition must be tensors (B, ...)."""
-    check_solver(solver)
     eps_T, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
     both = repeat_rows(condition, boundary)
     with torch.no_grad():

@@ -50,8 +50,8 @@ class Student:
         return self.network(x_i, timestep, target=t, **condition)
 
     def refine(self, eps, steps, w=None, **condition):
-        """The sample g(eps, 0), (B, C, h, w), refined by steps of the teacher. The sample is noised again to time T / 5,
-        with its own eps, and so many Euler steps bring it back on the trajectory of eps. They start from g(eps, 0) and
+        """The sample g(eps, 0), (B, C, h, w), refined by steps of the teacher. It is noised again to time T / 5, with
+        its own eps, and so many Euler steps bring it back on the trajectory of eps. They start from g(eps, 0) and
         not from g(eps, T / 5), because only the former is matched. `w`: the teacher's scale, and a ranged student's."""
         x = self(eps, 0, w=w, **condition)
         if steps == 0:
@@ -89,7 +89,7 @@ def teacher_weights(teacher, guidance):
     of guidance it also has a projection of w's embedding, which is zero."""
     files = weight_files(teacher.unet_folder)
     config = read_json(teacher.unet_folder / "config.json")
-    tensors, _ = read_tensors(files, teacher.device, torch.float32)
+    tensors = read_tensors(files, teacher.device, torch.float32)
     if isinstance(guidance, list):
         config["time_cond_proj_dim"] = 256                  # the width that latent consistency models have
         config["time_cond_fastest"] = FASTEST
@@ -125,10 +125,10 @@ def new_critic(student):
 
 
 # ------------------------------------------------------------------------------------------------------ the folder
-def save_student(folder, student, tensors=None, step=None, dtype=torch.float32):
+def save_student(folder, student, tensors=None, dtype=torch.float32):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
-    what this code needs to call the student. `tensors`: its weights, where they are not those that the network has now.
-    `step`: of the training, for the file's metadata. Raises BadInput."""
+    what this code needs to call the student. Raises BadInput.
+    `tensors`: its weights, where they are not those that the network has now."""
     folder, teacher = Path(folder), student.teacher
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in (tensors or student.network.state_dict()).items()}
@@ -136,8 +136,7 @@ def save_student(folder, student, tensors=None, step=None, dtype=torch.float32):
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
-    metadata = {"format": "pt"} if step is None else {"format": "pt", "step": str(step)}
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
@@ -151,8 +150,7 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
         raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
     info = read_json(path)
     with parsing(path):
-        for key in ("teacher", "fingerprint", "negative_prompt"):
-            check(key, info[key], "a text", isinstance(info[key], str))
+        spec, negative_prompt = str(info["teacher"]), str(info["negative_prompt"])
         w, i = info["guidance"], info["input_time"]
         scales = w if isinstance(w, list) else [w, w]
         for scale in scales:
@@ -160,13 +158,13 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
         check("guidance", w, "a number, or a list of the lowest and the highest",
               len(scales) == 2 and scales[0] <= scales[1])
     try:
-        teacher = Teacher(*resolve(teacher or info["teacher"]), device, dtype)
+        teacher = Teacher(*resolve(teacher or spec), device, dtype)
     except BadInput as error:
         raise BadInput(f"{error} (the teacher of {folder}; --teacher says where it is now)") from None
     if info["fingerprint"] != teacher.fingerprint:
         raise BadInput(f"the student in {folder} was made for another teacher than {teacher.spec}: "
                        f"fingerprint {info['fingerprint']}, not {teacher.fingerprint}")
-    teacher.set_negative_prompt(info["negative_prompt"])
+    teacher.set_negative_prompt(negative_prompt)
     with parsing(path):
         check("input_time", i, [Number(int, 1, teacher.schedule.T)])
     network, own = load_module(UNet, folder, device, dtype), fingerprint(weight_files(folder), teacher.schedule, i)

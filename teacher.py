@@ -166,11 +166,8 @@ class Teacher:
             images = torch.cat([self.vae.decode(part) for part in latents.split(self.decoded_at_once)])
         finite = [z.flatten(1).isfinite().all(1) for z in (latents, images)]                    # (B,) each
         if broken := (~(finite[0] & finite[1])).nonzero().flatten().tolist():
-            row = broken[0]
-            seed = row if seeds is None else seeds[row]
-            part = "VAE" if finite[0][row] else "network"
-            advice = "its weights or its schedule are broken"
-            if self.dtype == torch.float16:
-                advice = "it overflows in fp16, take --precision fp32 or bf16"
-            raise BadInput(f"the image of seed {seed} is not finite, because of the {part}: {advice}")
+            seed = broken[0] if seeds is None else seeds[broken[0]]
+            part = "VAE" if finite[0][broken[0]] else "network"
+            raise BadInput(f"the image of seed {seed} is not finite, because of the {part}: its weights or its "
+                           "schedule are broken, or --precision fp16 overflows")
         return images.float().clamp(-1, 1)

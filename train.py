@@ -25,7 +25,7 @@ from plumbing.configs import Number, check
 from plumbing.files import command, parsing
 from plumbing.hub import EMBEDDED, HUB, is_embedded, last_name
 from plumbing.processes import PRECISION
-from plumbing.prompts import readable, training_prompts
+from plumbing.prompts import training_prompts
 from plumbing.run import Run
 from signal_ode import add_noise, boot_losses
 from student import new_critic, new_student, save_student, set_trainable
@@ -123,7 +123,6 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_options(parser)
     args = parser.parse_args(argv)
-    args.negative_prompt = readable(args.negative_prompt)
     args.out = args.out or Path("runs") / last_name(args.teacher)
     for name in DEFAULTS:
         if getattr(args, name) is None and name != "guidance":          # the teacher may have none: resolve_defaults
@@ -264,7 +263,7 @@ def train(args, run):
                         L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule, boundary, args.solver,
                                                  **condition)
                     loss = L_BS.sum() / args.batch + args.beta * L_BC.sum() / num_boundary
-                    run.backward(loss, student.network, last=not match)
+                    run.backward(loss)
                     run.log(bootstrap=L_BS.sum() / args.batch, boundary=L_BC.sum() / num_boundary)
                     run.log_by_time(L_BS, t)
 
@@ -273,7 +272,7 @@ def train(args, run):
                     with run.autocast():
                         x = student(eps, 0, **condition)
                         L_M, h = matching_loss(x, guided, critic, n, tau, schedule, teacher.clip, **condition)
-                    run.backward(args.match * L_M.sum() / args.batch, student.network)
+                    run.backward(args.match * L_M.sum() / args.batch)
                     run.log(matching=L_M.sum() / args.batch)
                 elif critic_learns:
                     with run.autocast():
@@ -285,7 +284,7 @@ def train(args, run):
                 if critic_learns:
                     with run.autocast():
                         L_C = critic_loss(x.detach(), h, tau, schedule)
-                    run.backward(L_C.sum() / args.batch, critic.network)
+                    run.backward(L_C.sum() / args.batch)
                     run.log(critic=L_C.sum() / args.batch)
 
         # One step of Adam for each network that has learned, with gradients summed over the processes and clipped.

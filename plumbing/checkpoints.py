@@ -109,18 +109,14 @@ def checkpoints(out):
 def newest(out):
     """(step, folder, options) of the last checkpoint that is whole, or (0, None, None) if there never was one. Warns of
     a damaged checkpoint. Raises BadInput if all are damaged."""
-    damaged = []
-    for step, folder in checkpoints(out).items():
+    found = checkpoints(out)
+    for step, folder in found.items():
         try:
-            options = read_options(folder)
+            return step, folder, read_options(folder)
         except BadInput as error:
-            damaged.append(str(error))
-            continue
-        for error in damaged:
-            warnings.warn(f"{error}: going on from {folder.name}", stacklevel=2)
-        return step, folder, options
-    if damaged:
-        raise BadInput(f"{damaged[0]}; move {out} away to start anew")
+            warnings.warn(f"{error}; the checkpoint before it is tried", stacklevel=2)
+    if found:
+        raise BadInput(f"all checkpoints in {out / 'state'} are damaged; move {out} away to start anew")
     return 0, None, None
 
 
@@ -128,17 +124,11 @@ def read_options(folder):
     """The options of a checkpoint, if all its files are as they were written. Raises BadInput."""
     info = read_json(folder / INFO)
     with parsing(folder / INFO):
-        info = {"options": dict(info["options"]), "files": dict(info["files"])}
-        if set(info["files"]) != {path.name for path in folder.glob("*.safetensors")}:
-            raise BadInput(f"{folder} lacks files, or has others than its own: {', '.join(info['files'])}")
-    for name, written in info["files"].items():
-        try:
-            found = sha256(folder / name)
-        except OSError as error:
-            raise BadInput(f"{folder / name}: {error.strerror or error}") from None
-        if found != written:
-            raise BadInput(f"{folder / name} is damaged: it has another sha256 than when it was written")
-    return info["options"]
+        options, files = dict(info["options"]), dict(info["files"])
+    for name, written in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != written:
+            raise BadInput(f"{folder / name} is missing or damaged: it has another sha256 than when it was written")
+    return options
 
 
 def sha256(path):
@@ -164,7 +154,7 @@ def save(out, step, state, network, options, write_student, rank=0, world=1, gro
     """Write the checkpoint of a step, and after it the student, so that there is no student without its state. The last
     two checkpoints are kept. All processes of the group call it together, each writes its part, and none goes on before
     all of it is on disk. Raises BadInput, and then the checkpoint before is whole.
-    `network`: the student's. `write_student`: callable (tensors, step)."""
+    `network`: the student's. `write_student`: callable (tensors)."""
     broken = next((name for name, tensor in state.items() if not local(tensor).isfinite().all()), None)
     if broken:
         raise BadInput(f"{broken} is not finite after step {step}; what {out} holds is whole: lower --lr or "
@@ -185,7 +175,7 @@ def save(out, step, state, network, options, write_student, rank=0, world=1, gro
             shutil.rmtree(final, ignore_errors=True)        # a damaged one
             folder.rename(final)
     if rank == 0:
-        write_student(tensors, step)
+        write_student(tensors)
         for old in list(checkpoints(out).values())[2:]:
             shutil.rmtree(old, ignore_errors=True)
     if world > 1:

@@ -178,8 +178,6 @@ PIXEL_UNET = UNET | {                                                           
     "downsample_type": ["conv"], "upsample_type": ["conv"]}
 EITHER = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "cross_attention_dim",
           "only_cross_attention")                                               # in TEXT_UNET: one value, or a list
-UNET_INPUTS = {"cross_attention_dim": "text", "num_class_embeds": "label", "class_embed_type": "target",
-               "target_embed_type": "target", "time_cond_proj_dim": "guidance"}     # config key -> input it asks for
 
 
 def is_pixel(config):

@@ -25,28 +25,23 @@ class BadInput(ValueError):
 
 def command(main):
     """Run the main() of a command. A BadInput is one line and exit code 2, and a warning is one line."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # both closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                  # an emoji must not end a run in a cp1252 terminal
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except (BadInput, OSError) as error:
-        sys.exit(fail(str(error)))
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).split(". ")[0]
-        sys.exit(fail(f"out of memory, give half the --micro-batch, or --batch ({reason})"))
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(message):
-    """Say on one line what is wrong, and return the exit code."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    except (BadInput, OSError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, RuntimeError):
+            if not out_of_memory(error):
+                raise
+            message = f"out of memory, give half the --micro-batch, or --batch ({message.split('. ')[0]})"
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
 
 
 def out_of_memory(error):

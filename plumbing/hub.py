@@ -10,11 +10,9 @@ import contextlib
 import re
 import sys
 from pathlib import Path
-from urllib.parse import unquote
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.constants import ENDPOINT
 
 from plumbing.files import BadInput, read_json
 from plumbing.weights import STEM, WEIGHTS, choose_weights
@@ -25,10 +23,8 @@ EMBEDDED = {"tiny": TINY, "tiny-pixel": TINY / "pixel"}     # the teachers that 
 # name -> its repositories, tried in order (Stability removed its own), and the published sha256 of its parts' weights
 HUB = read_json(ROOT / "plumbing" / "hub.json")
 
-# What may stand for a repository: OWNER/NAME, OWNER/NAME@REVISION, or the address of one of its pages
+# What stands for a repository: OWNER/NAME or OWNER/NAME@REVISION
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
-HUB_URL = re.compile(rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)|{re.escape(ENDPOINT)})/"
-                     r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?")
 CONVERT = "python -c \"from diffusers import {} as P; P.{}('{}').save_pretrained('DIR')\""
 # The files beside the weights of which a teacher or a student is made
 SMALL = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json",
@@ -42,12 +38,11 @@ def is_embedded(spec):
 
 def last_name(spec):
     """What a run is called by default: the last part of its teacher's name, hub id or folder."""
-    url = HUB_URL.fullmatch(spec)
-    return Path((url["repo"] if url else spec).partition("@")[0]).resolve().name
+    return Path(spec.partition("@")[0]).resolve().name
 
 
 def resolve(spec):
-    """(folder, spec) of a name, a hub id or address, or a folder; a name or an id may end in @REVISION. The spec
+    """(folder, spec) of a name, a hub id, or a folder; a name or an id may end in @REVISION. The spec
     returned means the same from any working directory. Raises BadInput, one sentence."""
     spec = str(spec)
     if spec.endswith("/") and Path(spec).is_dir():          # a folder, even if it has the name of a teacher
@@ -63,18 +58,17 @@ def resolve(spec):
 def find(spec, names=""):
     """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
     directory. `names`: what else it might have been, for the message. Raises BadInput, one sentence."""
-    path, url = Path(spec).expanduser(), HUB_URL.fullmatch(str(spec))
+    path, found = Path(spec).expanduser(), HUB_ID.fullmatch(str(spec).rstrip("/"))
     if path.is_dir():
         return path, str(path.resolve())
     if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
         convert = CONVERT.format("StableDiffusionPipeline", "from_single_file", spec)
         raise BadInput(f"{spec} is one file, not a folder: give the folder in which it lies or, if the file is a whole "
                        f"model, convert it once, by `{convert}`, then give DIR")
-    found = url or HUB_ID.fullmatch(str(spec).rstrip("/"))
     if not found:
-        raise BadInput(f"{spec!r} is neither {names}a folder, nor a hub id")
+        raise BadInput(f"{spec!r} is neither {names}a folder, nor a hub id, OWNER/NAME")
     try:
-        return fetch(found["repo"], found["revision"] and unquote(found["revision"])), str(spec).rstrip("/")
+        return fetch(found["repo"], found["revision"]), str(spec).rstrip("/")
     except BadInput as error:
         raise BadInput(f"{spec} is no folder here, and at the hub {error}") from None
 

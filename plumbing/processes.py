@@ -11,7 +11,6 @@ import datetime
 import itertools
 import os
 import signal
-import threading
 import time
 import uuid
 import warnings
@@ -61,11 +60,8 @@ def torchrun():
 
 
 def join(rank, world, backend):
-    """Meet the other processes, which may still be downloading. After 20 seconds it says so, because a process that
-    never comes would be waited for in silence. Raises BadInput."""
+    """Meet the other processes, which may still be downloading. Raises BadInput."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    patience = threading.Timer(20, print, [f"process {rank} of {world} waits for the others at {where}"])
-    patience.start()
     try:
         [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
         store.set_timeout(MEETING)
@@ -73,8 +69,6 @@ def join(rank, world, backend):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"the processes did not meet at {where}: {error}") from None
-    finally:
-        patience.cancel()
 
 
 def agree(store, rank, world):
@@ -123,14 +117,6 @@ def shard(network, device, dtype):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)          # the sum over the processes, not the mean,
             module.set_force_sum_reduction_for_comms(True)  # in a way that gloo supports, too
-    reduce_in_backward(network, False)
-
-
-def reduce_in_backward(network, now):
-    """Tell FSDP whether the next backward pass is a network's last of the step, after which the gradients are summed
-    over the processes and split. Until then each process has a gradient of the whole network, in float32."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
 
 
 def local(tensor):

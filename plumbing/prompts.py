@@ -1,4 +1,4 @@
-"""Prompts: read from a file, composed from word lists, made readable, encoded.
+"""Prompts: read from a file, composed from word lists, encoded.
 
     prompts = training_prompts(teacher, args.prompts)       # a file's, the teacher's own, or 100,000 composed ones
     encode = Conditions(teacher, prompts)
@@ -6,7 +6,6 @@
 """
 
 import random
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,14 +13,6 @@ import torch
 from plumbing.files import BadInput, read_json, read_text
 
 FEW = 2**11         # so many prompts, or fewer, are encoded once
-
-
-def readable(text):
-    """A text from the command line in which U+FFFD stands for what is not UTF-8. Warns if there is any."""
-    known = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if known != text:
-        warnings.warn(f"the prompt {known!r} is not UTF-8 text: \ufffd stands for what can't be read", stacklevel=2)
-    return known
 
 
 def read_prompts(path):

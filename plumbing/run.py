@@ -9,7 +9,7 @@
             run.zero_grad()
             for samples in run.micro_batches():             # this process's share of the batch
                 with run.memory_permitting():
-                    run.backward(loss, student.network)
+                    run.backward(loss)
                     run.log(bootstrap=loss)
             run.update(adam)
             run.after(step)                                 # finite? log, checkpoint, samples
@@ -37,7 +37,7 @@ from plumbing.files import BadInput, out_of_memory, write_file, write_json
 from plumbing.hub import is_embedded
 from plumbing.images import image_grid, noise, to_pil
 from plumbing.processes import (MEETING, PRECISION, Stop, full, join, local, peak_memory, pick_device,
-                                reduce_in_backward, shard, together, torchrun, warn_if_busy)
+                                shard, together, torchrun, warn_if_busy)
 from plumbing.prompts import Conditions
 
 LOG_EVERY = 10              # steps; only then does the host wait for the device
@@ -48,9 +48,8 @@ MAX_NORM = 1.0              # to which a network's gradient is clipped
 def split_batch(args, world, device):
     """(local batch, micro-batch): how many of a step's samples are one process's, and how many it holds at once."""
     if args.batch % world:
-        near = args.batch // world * world
-        fits = f"{near} or {near + world}" if near else world
-        raise BadInput(f"--batch {args.batch} does not divide over {world} processes: {fits} does")
+        more = -(-args.batch // world) * world
+        raise BadInput(f"--batch {args.batch} does not divide over {world} processes: {more} does")
     local_batch = args.batch // world
     most = 16 if device.type == "cuda" else 4               # on a GPU halved, if its memory does not suffice
     micro_batch = args.micro_batch or (local_batch if is_embedded(args.teacher) else math.gcd(local_batch, most))
@@ -143,7 +142,7 @@ class Run(contextlib.ExitStack):
 
     def ready(self, ema, write_student, summary):
         """Say what begins, and check that its checkpoints have room.
-        `ema`: the Student that is saved and that makes the samples. `write_student`: callable (tensors, step)."""
+        `ema`: the Student that is saved and makes samples. `write_student`: callable (tensors)."""
         args, self.ema, self.write_student = self.args, ema, write_student
         if self.rank > 0:
             return
@@ -166,10 +165,8 @@ class Run(contextlib.ExitStack):
             began = time.time() - rewind_log(args.out / "log.jsonl", self.start)
             self.clock = {"run": began, "log": time.time(), "step": self.start}
             if self.start:                                  # a crash may have come between the state and its student
-                self.write_student(tensors, self.start)
-        if args.samples and self.start < args.steps:
-            self.prepare_samples()
-        self.unchecked = []
+                self.write_student(tensors)
+        self.unchecked, self.teacher_row = [], None
         with tqdm(range(self.start, args.steps), initial=self.start, total=args.steps, disable=self.rank > 0,
                   mininterval=1 if sys.stderr.isatty() else 60) as self.bar:
             for step in self.bar:
@@ -191,7 +188,6 @@ class Run(contextlib.ExitStack):
         first = begin
         while first < end:
             samples = range(first, first + self.micro_batch)
-            self.is_last = samples.stop == end
             yield samples
             first = samples.stop
             if not self.args.micro_batch and self.anywhere(self.ran_out):
@@ -230,11 +226,9 @@ class Run(contextlib.ExitStack):
         gradient."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
-    def backward(self, loss, network, last=True):
-        """Add a loss's gradient to a network's. `last`: whether the network has no other loss in this micro-batch."""
-        reduce_in_backward(network, self.is_last and last)
+    def backward(self, loss):
+        """Add a loss's gradient to those of the weights. Sharded gradients are summed over the processes at once."""
         self.scaler.scale(loss).backward()
-        reduce_in_backward(network, False)
 
     def log(self, **values):
         """Add to the step's logged values, by name. They are summed over micro-batches and processes."""
@@ -323,32 +317,29 @@ class Run(contextlib.ExitStack):
             file.write(json.dumps(line) + "\n")
 
     # -------------------------------------------------------------------------------------------------- samples
-    def prepare_samples(self):
-        """Choose the noises and prompts of the samples, the same all along, and make the teacher's, in 50 steps. Every
-        process makes samples; otherwise the others would wait for rank 0."""
-        num, teacher = self.args.samples, self.teacher
-        self.shown_eps = noise(range(num), teacher.shape).to(self.device)
-        self.shown = teacher.encode([self.prompts[k * len(self.prompts) // num] for k in range(num)])
-        fifty = functools.partial(teacher.solve, grid=teacher.schedule.grid(50), w=self.ema.pick_guidance())
-        self.teacher_row = self.make_samples(fifty)
-
     def write_samples(self):
-        """samples/step_N.png: the teacher's samples above the student's."""
-        student_row = self.make_samples(functools.partial(self.ema, t=0, w=self.ema.pick_guidance()))
+        """samples/step_N.png: the teacher's samples, in 50 steps, above the student's. Noises and prompts are the same
+        all along. Every process makes samples; otherwise the others would wait for rank 0."""
+        teacher, w = self.teacher, self.ema.pick_guidance()
+        if self.teacher_row is None:
+            self.teacher_row = self.make_samples(functools.partial(teacher.solve, grid=teacher.schedule.grid(50), w=w))
+        student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
         if self.rank == 0 and self.teacher_row and student_row:
-            save = functools.partial(image_grid([self.teacher_row, student_row], 96).save, format="PNG")
-            write_file(self.args.out / "samples" / f"step_{self.done}.png", save)
+            save_grid = functools.partial(image_grid([self.teacher_row, student_row], 96).save, format="PNG")
+            write_file(self.args.out / "samples" / f"step_{self.done}.png", save_grid)
 
     @torch.no_grad()
     def make_samples(self, sampler):
         """PIL images of a sampler, callable (eps, **condition) -> latents. If one is not finite, warns and returns [],
         because that is no reason to end a run."""
-        images = []
-        for first in range(0, len(self.shown_eps), self.micro_batch):
+        num, images = self.args.samples, []
+        eps = noise(range(num), self.teacher.shape).to(self.device)
+        condition = self.teacher.encode([self.prompts[k * len(self.prompts) // num] for k in range(num)])
+        for first in range(0, num, self.micro_batch):
             rows = slice(first, first + self.micro_batch)
             try:
                 with self.autocast():
-                    latents = sampler(self.shown_eps[rows], **{name: c[rows] for name, c in self.shown.items()})
+                    latents = sampler(eps[rows], **{name: c[rows] for name, c in condition.items()})
                     images += to_pil(self.teacher.decode(latents, range(first, first + len(latents))))
             except BadInput as error:
                 warnings.warn(f"no samples: {error}", stacklevel=2)
@@ -358,17 +349,17 @@ class Run(contextlib.ExitStack):
     # ---------------------------------------------------------------------------------------------------- the end
     def finish(self):
         """Leave the other processes, and say how it goes on."""
-        args, teacher, self.interrupted = self.args, self.teacher, self.stop.interrupted
+        args, self.interrupted = self.args, self.stop.interrupted
         if self.world > 1:
             dist.destroy_process_group()
-        if self.rank == 0 and self.done < args.steps:
-            print(f"stopped at step {self.done}; the same command goes on")
-        elif self.rank == 0:
-            out = shlex.quote(str(args.out))
-            prompt = f" --{teacher.condition_type} {shlex.quote(self.prompts[0])}" if teacher.condition_type else ""
-            print(f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{prompt}")
-            if is_embedded(args.teacher):
-                print(f"  python -m tools.evaluate --student {out}")
+        if self.done < args.steps:
+            said = f"stopped at step {self.done}; the same command goes on"
+        else:
+            out, kind = shlex.quote(str(args.out)), self.teacher.condition_type
+            prompt = f" --{kind} {shlex.quote(self.prompts[0])}" if kind else ""
+            said = f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{prompt}"
+        if self.rank == 0:
+            print(said)
 
 
 def warn_once(message, *_):

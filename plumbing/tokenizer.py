@@ -6,7 +6,6 @@
 Equal to the reference, transformers' CLIPTokenizer, on all text that the Unicode of Python 3.11 knows.
 """
 
-import bisect
 import math
 import re
 import unicodedata
@@ -160,18 +159,13 @@ class Tokenizer:
             for chunk in self.chunk.finditer(prompt):
                 ids += self.encode(chunk[0])
                 if len(ids) >= self.length:
-                    rest = prompt[chunk.start() if self.chunk is CHUNK else self.find_cut(prompt):]
+                    rest = prompt[chunk.start():]
                     shown = rest if len(rest) <= 80 else f"{rest[:80]}..."
-                    warnings.warn(f"prompt cut to {self.length} tokens, at: {shown}", stacklevel=2)
+                    warnings.warn(f"prompt truncated to {self.length} tokens, at: {shown}", stacklevel=2)
                     break
             ids = ids[:self.length - 1] + [self.end]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)           # (B, length)
-
-    def find_cut(self, prompt):
-        """Where the first chunk begins that is cut off a prompt of more tokens than there is room for."""
-        starts = [chunk.start() for chunk in CHUNK.finditer(prompt)]
-        return starts[bisect.bisect(starts, self.length - 2, key=lambda k: len(self.encode(prompt[:k]))) - 1]
 
     def encode(self, chunk):
         """The ids, a list of int, of a chunk of text."""

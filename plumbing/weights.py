@@ -35,15 +35,14 @@ def weight_names(file):
 
 
 def read_tensors(paths, device="cpu", dtype=None):
-    """({name: tensor}, metadata) of one safetensors file or several, on the device, in dtype (None: as stored).
+    """{name: tensor} of one safetensors file or several, on the device, in dtype (None: as stored).
     In half precision the layers named in FLOAT32 stay in float32. On the CPU, in the file's own dtype, a tensor is a
     view of the memory-mapped file, which costs no memory until it is read."""
-    tensors, metadata = {}, {}
+    tensors = {}
     half = dtype in (torch.float16, torch.bfloat16)
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         with open_tensors(path) as file:
             names = weight_names(file)
-            metadata |= file.metadata() or {}
         while names:
             with open_tensors(path) as file:    # reopened every 128 MB, to release the pages that were read of it
                 copied = 0
@@ -55,7 +54,7 @@ def read_tensors(paths, device="cpu", dtype=None):
                     tensors[name] = stored.to(device, torch.float32 if half and name.startswith(FLOAT32) else dtype)
                     if tensors[name] is not stored:
                         copied += stored.nbytes
-    return tensors, metadata
+    return tensors
 
 
 def remap_key(name):
@@ -115,4 +114,4 @@ def weight_files(folder, stem=STEM):
 def load_module(network, folder, device, dtype, stem=STEM):
     """A network, frozen, from its folder of config.json and weights. Raises BadInput."""
     config, files = read_json(folder / "config.json"), weight_files(folder, stem)
-    return build(network, config, read_tensors(files, device, dtype)[0], files[0])
+    return build(network, config, read_tensors(files, device, dtype), files[0])
