@@ -1,17 +1,23 @@
-"""What a step of train.py takes, before it is taken: floating-point operations, and memory of passes.
+"""What a run of train.py takes, before it is started: parameters, operations, memory, hours.
 
-    plan = Plan(student, critic, args, autocast)
-    flops = plan.flops(boundary)                            # {part of a step: FLOPs of a sample}
-    size = plan.activations(samples, boundary, accumulates) # bytes
+    python -m tools.plan --teacher sd21                                 on this machine
+    python -m tools.plan --teacher sd21 --device cuda                   on a GPU, which need not be here
+    python -m tools.plan --teacher sd21 --device cuda --processes 8 --shard --micro-batch 8
 
-The passes compute nothing. Fake tensors have a shape, a dtype and a device, but no values; torch takes them through the
-operations of the real ones, which are counted, and so are the bytes of what is in use at the same time.
+It takes train.py's options. A GPU there takes as many samples at once as fit, up to 16; here --micro-batch says how many
+(default: 4; for an embedded teacher a process's whole share).
+
+How it counts: train.py's loop runs here as it is, one step of each kind, but on fake tensors. They have a shape and a
+dtype and no values. PyTorch takes them through the operations of real ones, which are counted, and so are the bytes of
+the tensors that are in use at the same time.
 """
 
+import argparse
 import contextlib
-import copy
-import functools
+import math
+import warnings
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,19 +25,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from matching import critic_loss, limited_guidance, matching_loss
-from model import UNet
-from signal_ode import boot_losses
-from student import Critic, Student
+import train
+from plumbing.checkpoints import FILE_SIZE
+from plumbing.files import BadInput, command
+from plumbing.processes import PRECISION
+from plumbing.prompts import Conditions
+from plumbing.run import split_batch
 
-# A CPU's attention, which torch's counter does not know; of shapes
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+PYTHON = 440e6          # bytes of a process on a CPU with its libraries, their threads and code: found by trial
+TFLOPS = {"cpu": 0.1, "cuda": 100.0}            # of two CPU cores in fp32; of an H200 in bf16, four samples at once
 
-PYTHON = 440e6          # bytes of a process on a CPU, with the libraries, their threads and code: found by trial
+
+def attention_flops(q, k, v, *_, **__):
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(grad, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+CPU_ATTENTION = {       # which torch's counter does not know; from shapes
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
+
 
 class Ledger(TorchDispatchMode):
     """.bytes of the tensors that were made while it is on and are still in use, and the most that it was, .peak."""
@@ -54,117 +70,197 @@ class Ledger(TorchDispatchMode):
         del self.made[key]
         self.bytes -= nbytes
 
+
 def storages(tree):
     """Those of all tensors in nested lists, tuples and dicts."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
-def fake(network):
-    """A network like this one, of fake tensors."""
-    twin = type(network)(network.config)
-    for p, real in zip(twin.parameters(), network.parameters()):
-        p.data = p.data.to(real.dtype)
-        p.requires_grad_(real.requires_grad)
-    if isinstance(network, UNet):
-        twin.checkpointing = network.checkpointing
-    return twin
 
 class Plan:
-    """The passes of train.py's steps. student, critic (or None), args: its own. autocast: makes a context."""
+    """What train.train gets here for its run. It has the methods of plumbing.run.Run that the loop calls.
 
-    def __init__(self, student, critic, args, autocast):
-        self.args, self.autocast = args, autocast
-        teacher = copy.copy(student.teacher)
-        teacher.schedule = copy.deepcopy(teacher.schedule)                  # its tables are to stay real ones
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode, torch.device(teacher.device):
-            teacher.unet, teacher.vae, teacher.text_encoder = (
-                network and fake(network) for network in (teacher.unet, teacher.vae, teacher.text_encoder))
-            self.student = Student(fake(student.network), teacher, student.input_time, student.guidance)
-            self.critic = critic and Critic(fake(critic.network), self.student)
-        self.trained = [p for part in (self.student, self.critic) if part for p in part.network.parameters()
-                        if p.requires_grad]
+        plan = Plan(args, world=8)
+        train.train(args, plan)
+        plan.kinds                              # [(number of steps, {loss: FLOPs of a sample}), ...]
+        plan.memory()                           # {part: bytes of a process}"""
 
-    def flops(self, boundary):
-        """{part: FLOPs of a sample}. boundary: the slice of the samples with such a loss, every k-th or none."""
-        flops, samples = {}, boundary.step or 1
-        self.take_step(samples, boundary, functools.partial(counted, flops))
-        return {part: count / samples for part, count in flops.items()}
+    def __init__(self, args, world=1):
+        if args.shard and world == 1:
+            raise BadInput("--shard splits the networks over several processes: give --processes")
+        self.args, self.world = args, world
+        self.on_cpu = args.device == "cpu" or not (args.device or torch.cuda.is_available())
+        args.precision = args.precision or ("fp32" if self.on_cpu else "bf16")
+        self.dtype, self.device = PRECISION[args.precision], torch.device("meta")       # where loading reads no values
+        self.local_batch, self.micro_batch = split_batch(args, world, torch.device("cpu"))
+        self.mode, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        self.networks, self.state, self.trained, self.saved, self.kinds = {}, {}, [], 0, []
 
-    def activations(self, samples, boundary, accumulates):
-        """Bytes that are in use at most beside weights and gradients, in a micro-batch with all losses of the run, and
-        while pictures are decoded. accumulates: it is not the first of its step."""
+    # ------------------------------------------------------------------------------------------ before the loop
+    def begin(self, teacher, prompts):
+        self.teacher, self.prompts = teacher, prompts
+
+    def add(self, name, network, lr=None, saved=True):
+        network.checkpointing = self.args.grad_checkpointing
+        self.networks[name] = self.fake(network)
+        self.saved += saved * nbytes(network.parameters())
+        if lr is None:
+            return None
+        self.trained += [p for p in network.parameters() if p.requires_grad]
+        return SimpleNamespace(param_groups=[{}])           # stands for its Adam
+
+    def fake(self, network):
+        """Give a network on the meta device fake parameters on the CPU."""
+        with self.mode:
+            return network.to_empty(device="cpu")
+
+    def restore(self):
+        return 0
+
+    def ready(self, *_):
+        teacher, self.whole = self.teacher, {}
+        for name, network in (("VAE", teacher.vae), ("text encoder", teacher.text_encoder)):
+            if network:
+                self.whole[name] = self.fake(network)
+        teacher.device = torch.device("cpu")
+        teacher.set_negative_prompt(teacher.negative_prompt)
+        self.conditions = Conditions(teacher, self.prompts)
+
+    # ------------------------------------------------------------------------------------------------- the loop
+    def steps(self):
+        """The first step of each kind, and a sheet of samples."""
+        for steps in kinds_of_steps(self.args):
+            if steps:
+                self.kinds.append((len(steps), {}))
+                yield steps[0]
+        if self.args.samples and self.teacher.vae:
+            num = min(self.args.samples, self.micro_batch, self.teacher.decoded_at_once)
+            with torch.no_grad(), self.autocast(), self.ledger:
+                self.teacher.vae.decode(self.to_device(torch.empty(num, *self.teacher.shape)))
+
+    def zero_grad(self):
+        """Forget the gradients. All micro-batches but the first find those of the ones before, and need more memory."""
         for p in self.trained:
             p.grad = None
-        gradients = sum(p.nbytes for p in self.trained)
-        with self.mode, Ledger() as ledger:
-            if accumulates:
+        if self.local_batch > self.micro_batch:
+            with self.ledger:
                 for p in self.trained:
                     p.grad = torch.zeros_like(p)
-            self.take_step(samples, boundary, contextlib.nullcontext)
-        return ledger.peak - gradients
 
-    def most_at_once(self, spare, choices, *rest):
-        """The first of the choices, numbers of samples that grow less, whose activations take no more bytes than are
-        spare; or the last. rest: as above."""
-        return next((n for n in choices[:-1] if self.activations(n, *rest) <= spare), choices[-1])
+    def micro_batches(self):
+        """So few samples that their share of boundary losses is that of the batch."""
+        num = min(self.local_batch, math.lcm(self.micro_batch, train.BOUNDARY_EVERY))
+        for first in range(0, num, self.micro_batch):
+            yield range(first, first + self.micro_batch)
+        _, flops = self.kinds[-1]
+        for name in flops:
+            flops[name] /= num
 
-    def take_step(self, samples, boundary, part):
-        """A micro-batch's passes, forward and backward. part: a context made of a part's name."""
-        student, critic, autocast, solver = self.student, self.critic, self.autocast, self.args.solver
-        teacher, schedule = student.teacher, student.teacher.schedule
-        limited = functools.partial(limited_guidance, teacher.denoise, share=1.0, until=schedule.T)
-        with self.mode, torch.device(teacher.device):
-            with part("text"):
-                condition = teacher.encode([*teacher.labels, ""][:1] * samples)
-            eps, n = torch.randn(2, samples, *teacher.shape)
-            t = torch.full((samples,), schedule.T)
-            if self.args.guidance != 1:
-                condition["w"] = torch.ones(samples)
-            with part("BOOT"):
-                with autocast():
-                    losses = boot_losses(student, teacher.denoise, eps, t, t // 2, schedule, boundary, solver,
-                                         **condition)
-                torch.cat(losses).sum().backward()
-            del losses
-            if critic:
-                with part("matching"):
-                    with autocast():
-                        x = student(eps, 0, **condition)
-                        L_M, h = matching_loss(x, limited, critic, n, t, schedule, teacher.clip, **condition)
-                    L_M.sum().backward()
-                with part("critic"):
-                    with autocast():
-                        L_C = critic_loss(x.detach(), h, t, schedule)
-                    L_C.sum().backward()
-                del x, h, L_M, L_C
-                with part("critic alone"):
-                    with autocast():
-                        with torch.no_grad():
-                            x = student(eps, 0, **condition)
-                        L_C = critic_loss(x, critic(x, t, **condition), t, schedule)
-                    L_C.sum().backward()
-                del L_C
-            if self.args.sample_every and teacher.vae:
-                with torch.no_grad(), autocast():
-                    teacher.vae.decode(eps[:teacher.decoded_at_once])
+    @contextlib.contextmanager
+    def memory_permitting(self):
+        with self.ledger, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as self.counter:
+            self.counted = 0
+            yield
 
-@contextlib.contextmanager
-def counted(flops, name):
-    """Note the operations of what is done there."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        yield
-    flops[name] = counter.get_total_flops()
+    def to_device(self, tensor):
+        return self.mode.from_tensor(tensor)
 
-def report(flops, steps, batch, networks, memory):
-    """The lines of --dry-run. flops, steps: {part: FLOPs of a sample, steps of the run that have it}. networks:
-    {name: parameters}. memory: {name: bytes}."""
-    steps = {part: number for part, number in steps.items() if number}
-    total = batch * sum(flops[part] * number for part, number in steps.items())
-    lines = ["parameters, millions"]
-    lines += [f"  {name:15} {sum(p.numel() for p in parameters) / 1e6:10.1f}" for name, parameters in networks.items()]
-    lines += ["GFLOP of a sample, and steps that have them"]
-    lines += [f"  {part:15} {flops[part] / 1e9:10.2f} {number:10}" for part, number in steps.items()]
-    lines += [f"PFLOP of the run  {total / 1e15:10.3g}", "memory of a process, GB"]
-    lines += [f"  {name:15} {size / 1e9:10.3f}" for name, size in memory.items() if size]
-    lines += [f"  together        {sum(memory.values()) / 1e9:10.3f}"]
-    return "\n".join(lines)
+    def encode(self, numbers):
+        condition = self.conditions(numbers)
+        self.log(text=None)
+        return condition
+
+    def autocast(self):
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def backward(self, loss, network, last=True):
+        loss.backward()
+
+    def log(self, **losses):
+        """Count what was computed since the last call as operations of the first of these losses."""
+        name, total, (_, flops) = next(iter(losses)), self.counter.get_total_flops(), self.kinds[-1]
+        flops[name] = flops.get(name, 0) + total - self.counted
+        self.counted = total
+
+    def ignore(self, *_, **__):
+        """What a plan has no use for."""
+
+    remember = log_by_time = update = average = after = ignore
+
+    # ------------------------------------------------------------------------------------------------ the result
+    def memory(self):
+        """{part: bytes of a process}. With --shard it has its share of Adam and of the networks of the loop. For the
+        block with which it computes, and for the next one, it also gathers the shares of the others."""
+        shards = self.world if self.args.shard else 1
+        gradients = nbytes(self.trained)                    # whole in each process, until the step's last pass
+        memory = {name: nbytes(network.parameters()) / shards for name, network in self.networks.items()}
+        memory |= {name: nbytes(network.parameters()) for name, network in self.whole.items()}
+        memory |= {"Adam": 2 * gradients / shards, "gradients": gradients,
+                   "prompts": nbytes((self.conditions.encoded or {}).values()),
+                   "passes": self.ledger.peak - gradients}
+        if self.args.shard:
+            blocks = [block for network in self.networks.values() for block in network.blocks()]
+            largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+            memory["gathered"] = 2 * largest * self.dtype.itemsize
+        if self.on_cpu:
+            saved = (self.saved + 2 * gradients) / self.world
+            memory |= {"saving": min(FILE_SIZE, saved), "Python": PYTHON}
+        return memory
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def kinds_of_steps(args):
+    """The numbers of the steps of each kind: BOOT's alone, with the critic's head start, matched, matched with BOOT."""
+    with warnings.catch_warnings(action="ignore"):          # train.train has warned already
+        critic_from, match_from = (min(step, args.steps) for step in train.begin_of_matching(args, 0, 0))
+    matched = range(match_from, args.steps)
+    with_boot = [step for step in matched if (step + 1) % train.BOOT_EVERY == 0]
+    return [range(critic_from), range(critic_from, match_from), sorted(set(matched) - set(with_boot)), with_boot]
+
+
+def report(plan, tflops):
+    """The lines that the command prints."""
+    args, losses = plan.args, ("text", "bootstrap", "matching", "critic")
+    yield (f"{args.teacher} in {args.precision}, {args.steps} steps of {args.batch} samples: {plan.world} processes x "
+           f"{plan.local_batch // plan.micro_batch} micro-batches x {plan.micro_batch} samples")
+    yield "parameters, millions"
+    for name, network in (plan.networks | plan.whole).items():
+        yield f"  {name:14} {sum(p.numel() for p in network.parameters()) / 1e6:9.1f}"
+    yield "GFLOP of a sample, by loss\n  steps     " + "".join(f"{name:>12}" for name in losses)
+    for number, flops in plan.kinds:
+        yield f"  {number:<10}" + "".join(f"{flops.get(name, 0) / 1e9:12.2f}" for name in losses)
+    total = args.batch * sum(number * sum(flops.values()) for number, flops in plan.kinds)
+    hours = total / (tflops * 1e12 * plan.world) / 3600
+    yield f"PFLOP of the run {total / 1e15:.4g}: {hours:.3g} hours at {tflops:g} TFLOP/s a process"
+    yield "memory of a process, GB"
+    memory = plan.memory()
+    for name, size in (memory | {"together": sum(memory.values())}).items():
+        yield f"  {name:14} {size / 1e9:9.3f}"
+
+
+def parse_args():
+    """(train.py's arguments, our own)."""
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option = ours.add_argument_group("plan").add_argument
+    option("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
+    option("--tflops", type=float, help="that a process sustains (default: 100 on a GPU, as an H200 with 4 samples at "
+           "once, and 250 with 16; 0.1 on a CPU, as two cores)")
+    both = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   allow_abbrev=False, parents=[ours])
+    train.add_options(both)
+    both.parse_args()                                       # for --help, and for what neither knows
+    own, rest = ours.parse_known_args()
+    return train.parse_args(rest), own
+
+
+def main():
+    args, own = parse_args()
+    plan = Plan(args, own.processes)
+    train.train(args, plan)
+    print(*report(plan, own.tflops or TFLOPS["cpu" if plan.on_cpu else "cuda"]), sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)
