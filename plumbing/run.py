@@ -200,12 +200,15 @@ class Run(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def memory_permitting(self):
-        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can try with fewer."""
+        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can try with fewer. Not
+        where networks are sharded, because the other processes would wait for this one in the middle of their passes.
+        """
         self.ran_out = False
         try:
             yield
         except RuntimeError as error:
-            if self.args.micro_batch or self.micro_batch == 1 or not out_of_memory(error):
+            fixed = self.args.micro_batch or self.args.shard
+            if fixed or self.micro_batch == 1 or not out_of_memory(error):
                 raise
             self.ran_out = True
 

@@ -1,15 +1,23 @@
-"""Runs that are stopped, killed, started twice, started with other options, or find no room."""
+"""One run of train.py, in one process.
 
+What it leaves, and that a second run leaves the same bits. That it resumes bitwise after any signal, wherever the
+critic begins. Which options another start may change, and that every other one changes the student. Which losses a step
+has, and at which rate. That a folder is never used by two, never replaced, and whole after a crash. That a disk, a log,
+a loss or a memory that fails is one sentence. Which prompts it learns.
+"""
+
+import argparse
 import errno
+import functools
+import itertools
 import json
 import os
 import pty
 import shutil
 import signal
 import stat
-import subprocess
 import sys
-import time
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -17,285 +25,218 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+import plumbing.processes
+import plumbing.run
 import train
-from plumbing.files import write_file, write_json
-from plumbing.hub import TINY
-from plumbing.weights import WEIGHTS
-from conftest import ROOT
+from conftest import TINY, copy_tiny, edit, new_schedule
+from dev.kill import differences, read_state
+from forks import in_step, signal_in_step, train_forked
 from matching import limited_guidance
-from plumbing.checkpoints import Saver, checkpoints
-from signal_ode import Schedule
+from plumbing.checkpoints import checkpoints, lock
+from plumbing.files import BadInput, read_json, write_file, write_json
+from plumbing.processes import PRECISION
+from plumbing.prompts import compose_prompts
+from plumbing.weights import WEIGHTS
 from student import Critic
-from dev.kill import differences
+from teacher import Teacher
 
-SHORT = ["--batch", 4, "--sample-every", 0, "--warmup", 2, "--save-every", 2]
+RUN = ["--batch", 4, "--steps", 5, "--warmup", 1, "--match-from", 0.5, "--every", 100]
+QUICK = ["--teacher", "tiny-pixel", "--batch", 2, "--steps", 2, "--warmup", 1, "--every", 100, "--samples", 0]
 
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
-    """The folder of a run of two steps. Copy it before changing it."""
-    out = tmp_path_factory.mktemp("runs") / "two"
-    done = run("train.py", *SHORT, "--steps", 2, "--out", out)
+    """(folder, output) of a run of the embedded teacher, started as by a person."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = run("train.py", *RUN, "--samples", 1, "--out", out)
     assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The folder of a quick run of two steps, to compare with."""
+    out = tmp_path_factory.mktemp("usual")
+    assert train_forked(out, 1, *QUICK)[0] == [0]
     return out
 
 
 @pytest.fixture
-def two(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "two")
+def two(usual, tmp_path):
+    """A copy of it, to work with."""
+    return shutil.copytree(usual, tmp_path / "two")
 
 
-def start(*args, before=()):
-    return subprocess.Popen([*before, sys.executable, "train.py", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+@pytest.fixture
+def pixel(tmp_path):
+    """A copy of the embedded pixel teacher, which predicts v."""
+    return copy_tiny(tmp_path / "pixel", "pixel")
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+def student(out):
+    return load_file(out / "student" / WEIGHTS)
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def everything(folder):
-    """{name: bytes} of a folder's files."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """{name: bytes} of the files of a folder of runs."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "printed.txt"))
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def test_a_second_run_in_the_same_folder_is_told_who_is_there(call, tmp_path):
-    process = start(*SHORT, "--steps", 10**6, "--out", tmp_path / "run")
-    try:
-        wait_for(tmp_path / "run" / "state" / "step_2", process)
-        code, _, error = call("train", *SHORT, "--steps", 10**6, "--lr", 1, "--out", tmp_path / "run")
-        assert code == 2 and f"process {process.pid} on " in error and f"is training in {tmp_path}" in error
-        assert call("train", *SHORT, "--steps", 10**6, "--out", tmp_path / "run", "--dry-run")[0] == 0
-        assert process.poll() is None
-    finally:
-        process.kill()                                      # the kernel frees its lock
-        process.wait()
-    step = saved_step(tmp_path / "run")
-    code, out, error = call("train", *SHORT, "--steps", 10**6 - 1, "--out", tmp_path / "run", "--dry-run")
-    assert code == 0 and f"resuming at step {step}" in out, error
+# --------------------------------------------------------------------------------------- the whole run, and its parts
+def test_a_run_leaves_everything_and_says_where(finished):
+    out, printed = finished
+    assert f"python sample.py --student {out} --prompt " in printed
+    assert {path.name for path in out.iterdir()} == {"config.json", "log.jsonl", "samples", "student", "state"}
+    [last] = records(out)
+    assert last["step"] == 5 and all(last[name] > 0 for name in ("bootstrap", "boundary", "matching", "critic"))
+    assert len(last["bootstrap_by_time"]) == 8 and last["samples_per_s"] > 0 and last["memory_gb"] > 0.1
+    assert Image.open(out / "samples" / "step_5.png").size == (96, 2 * 96)
+    before = load_file(TINY / "unet" / WEIGHTS)["conv_in.weight"].float()
+    assert not student(out)["conv_in.weight"].equal(before)
 
 
-def test_a_state_says_itself_what_made_it(call, two):
-    (two / "config.json").unlink()
-    code, _, error = call("train", *SHORT, "--steps", 4, "--lr", "1e-4", "--out", two)
-    assert code == 2 and "lr 0.0005 there, 0.0001 here" in error
+def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
+    assert call("train", *RUN, "--samples", 0, "--out", tmp_path)[0] == 0
+    assert not differences(finished[0], tmp_path)
+
+
+@pytest.mark.parametrize("options, warmup, steps", [
+    (QUICK, 1, 6), (QUICK, 0, 3), (QUICK, 50, 3),
+    *[pytest.param(RUN, warmup, 8, marks=pytest.mark.slow) for warmup in (0, 3, 50)]])
+def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, options, warmup, steps):
+    """Before the critic begins, in its head start and after it, and where that is longer than the run. Only Ctrl-C is a
+    failure, so that `train && evaluate` does not go on to evaluate."""
+    options = [*options, "--samples", 0, "--match-from", 0.5, "--warmup", warmup, "--steps", steps]
+    assert train_forked(tmp_path / "whole", 1, *options)[0] == [0]
+    parts, signals = tmp_path / "parts", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)]
+    for step, (number, code) in zip(range(1, steps, 2), itertools.cycle(signals)):
+        stopped, printed = train_forked(parts, 1, *options, prepare=signal_in_step(step, number))
+        assert stopped == [code] and max(checkpoints(parts)) == step, printed
+    [code], printed = train_forked(parts, 1, *options)
+    assert code == 0 and "stopped at step 1; the same command goes on" in printed, printed
+    assert f"resuming at step {step}" in printed and not differences(tmp_path / "whole", parts)
+
+
+@pytest.mark.parametrize("precision, dtype, scale", [
+    ("fp16", torch.float32, 2.0**126),                      # passes in float16 take seconds on a CPU
+    pytest.param("fp16", torch.float16, 2.0**16, marks=pytest.mark.slow),
+    pytest.param("bf16", torch.bfloat16, None, marks=pytest.mark.slow)])
+def test_half_precision_resumes_bitwise(tmp_path, monkeypatch, precision, dtype, scale):
+    """Its scale of the gradients, too, which overflow at first."""
+    monkeypatch.setitem(PRECISION, precision, dtype)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
+    options = [*(RUN if dtype == torch.float16 else QUICK), "--precision", precision, "--match-from", 0, "--steps", 4]
+    assert train_forked(tmp_path / "whole", 1, *options)[0] == [0]
+    for prepare in (signal_in_step(2, signal.SIGTERM), lambda rank: None):
+        assert train_forked(tmp_path / "parts", 1, *options, prepare=prepare)[0] == [0]
+    assert not differences(tmp_path / "whole", tmp_path / "parts")
+    if scale:
+        state = read_state(tmp_path / "whole")
+        assert state["scaler.scale"] < scale and state["student.step.conv_out.weight"] < 4 == state["critic_steps"]
+
+
+def test_every_is_for_checkpoints_and_sheets_and_no_samples_need_no_teacher(call, tmp_path, monkeypatch):
+    """The last two checkpoints are kept."""
+    solved = []
+    monkeypatch.setattr(Teacher, "solve", lambda self, *args, **rest: solved.append(rest) or args[0])
+    for samples, sheets in ((1, {"step_2.png", "step_4.png", "step_5.png"}), (0, set())):
+        out, options = tmp_path / str(samples), ["--match", 0, "--steps", 5, "--every", 2, "--samples", samples]
+        assert call("train", *QUICK, *options, "--out", out)[0] == 0
+        assert list(checkpoints(out)) == [5, 4] and {path.name for path in out.glob("samples/*")} == sheets
+        assert len(solved) == 1 and len(solved[0]["grid"]) == 51
+
+
+@pytest.mark.parametrize("teacher, input_time", [("tiny", 600), ("tiny-pixel", 1000)])
+def test_a_dry_run_loads_and_checks_and_writes_nothing(call, tmp_path, monkeypatch, teacher, input_time):
+    """An epsilon student reads its input where noise is 2.27 times the signal, one of v at T."""
+    monkeypatch.setattr(train, "draw", None)
+    line = ["train", "--dry-run", "--teacher", teacher, "--out", tmp_path / "run"]
+    code, printed, _ = call(*line)
+    assert code == 0 and "1300 steps of 32, 32 at once" in printed
+    assert f"guidance 3.0, input time {input_time}, matched after 585" in printed
+    code, _, error = call(*line, "--prompts", tmp_path / "none.txt")
+    assert code == 2 and "none.txt is missing" in error and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+def test_another_start_may_change_the_options_that_leave_the_student_alone(call, two):
+    """A checkpoint says itself what made it; config.json is for people."""
+    assert not any(key in read_json(two / "config.json") for key in ("out", "dry_run"))
+    for options, message in ((["--lr", "1e-5"], "lr 0.0005 there, 1e-05 here"), (["--beta", 1], "beta 0.1 there, 1.0"),
+                             (["--teacher", "tiny"], "holds another run (teacher tiny-pixel there, tiny here; ")):
+        (two / "config.json").unlink(missing_ok=True)
+        code, _, error = call("train", *QUICK, "--steps", 3, "--out", two, *options)
+        assert code == 2 and message in error and not (two / "config.json").exists()
     (two / "config.json").write_text("not for machines")
-    code, out, error = call("train", *SHORT, "--steps", 4, "--out", two)
-    assert code == 0 and "resuming at step 2" in out, error
-    assert json.loads((two / "config.json").read_text())["lr"] == 5e-4
+    moved = ["--teacher", TINY / "pixel", "--device", "cpu", "--grad-checkpointing", "--micro-batch", 1, "--every", 3]
+    code, printed, error = call("train", *QUICK, "--steps", 3, "--samples", 1, *moved, "--out", two)
+    assert code == 0 and "resuming at step 2" in printed, error
+    assert read_json(two / "config.json")["every"] == 3 and max(checkpoints(two)) == 3
 
 
 def test_options_are_free_until_something_is_saved(call, tmp_path):
     write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6})      # as an out-of-memory start leaves it
-    code, out, error = call("train", *SHORT, "--steps", 2, "--out", tmp_path)
-    assert code == 0 and json.loads((tmp_path / "config.json").read_text())["batch"] == 4, error
+    code, _, error = call("train", *QUICK, "--steps", 1, "--out", tmp_path)
+    assert code == 0 and read_json(tmp_path / "config.json")["batch"] == 2, error
 
 
-def test_a_student_without_its_state_is_never_replaced(call, two):
-    shutil.rmtree(two / "state")
-    before = everything(two)
-    code, _, error = call("train", *SHORT, "--steps", 2, "--out", two)
-    assert code == 2 and "holds a student, but no state to go on from" in error and everything(two) == before
+@pytest.mark.parametrize("options", [
+    "--guidance 1:6", "--solver euler", "--guidance 1", "--beta 0", "--negative-prompt bag", "--input-time 600",
+    "--num-steps 25", "--match 0", "--match 0.1", "--match-from 0.9", "--critic-lr 1e-3", "--precision bf16",
+    "--seed 1", "--lr 1e-3", "--warmup 2", "--ema 0.1", "--prompts {few}"])
+def test_every_option_makes_another_student(usual, tmp_path, options):
+    (tmp_path / "few").write_text("bag\ncoat\n")
+    options = options.format(few=tmp_path / "few").split()
+    assert train_forked(tmp_path / "run", 1, *QUICK, *options)[0] == [0]
+    ours, theirs = student(tmp_path / "run"), student(usual)
+    changed = {name for name, tensor in theirs.items() if not ours[name].equal(tensor)}
+    assert {"conv_in.weight", "mid_block.attentions.0.to_q.weight"} <= changed
 
 
-def test_a_crash_between_state_and_student_is_mended(call, two):
-    """The state is saved first; a start from it writes its student again, if it is not the one that there is."""
-    path = two / "student" / WEIGHTS
-    whole = load_file(path)
-    save_file({name: tensor * 0 for name, tensor in whole.items()}, path, {"format": "pt", "step": "1"})
-    code, _, error = call("train", *SHORT, "--steps", 2, "--out", two)
-    assert code == 0 and all(tensor.equal(whole[name]) for name, tensor in load_file(path).items()), error
-    before = path.stat().st_mtime_ns
-    assert call("train", *SHORT, "--steps", 2, "--out", two)[0] == 0 and path.stat().st_mtime_ns == before
+# ----------------------------------------------------------------------------------------------- what a step is made of
+def arguments(steps, warmup, lr=2.0, match=16.0, match_from=0.45):
+    return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from)
 
 
-def test_what_a_killed_save_left_is_removed(call, two):
-    left = [two / "state" / ".tmpAbC12", two / "state" / "step_4.new" / "half.safetensors",
-            two / "student" / f"{WEIGHTS}.new", two / "log.jsonl.new", two / "config.json.new"]
-    left[1].parent.mkdir()
-    for path in left:
-        path.write_bytes(b"half")
-    kept = two / "mine.new"
-    kept.write_text("mine")
-    (two / "state" / ".tmpfolder").mkdir()
-    assert call("train", *SHORT, "--steps", 2, "--out", two, "--dry-run")[0] == 0 and all(p.exists() for p in left)
-    assert call("train", *SHORT, "--steps", 2, "--out", two)[0] == 0
-    assert kept.exists() and not any(path.exists() for path in left)
-    assert {path.name for path in (two / "state").iterdir()} == {"step_2", ".tmpfolder"}
+def test_learning_rate_warms_up_holds_and_decays_to_zero():
+    rates = [train.learning_rate(step, arguments(100, 10, match=0), 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9:41] == [2.0] * 32
+    assert rates[70] == pytest.approx(1.0) and 0 < rates[99] < 0.05
 
 
-def test_room_for_a_checkpoint_is_in_the_plan_and_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
-    _, plan, _ = call("train", *SHORT, "--steps", 9, "--out", tmp_path / "new", "--dry-run")
-    size = sum(path.stat().st_size for path in two.glob("state/*/*.safetensors")) / 1e9
-    assert f"a checkpoint takes {size:.2f} GB on disk, three of them" in plan
-    usage = namedtuple("usage", "total used free")
-    for free, out, enough in ((2.3e8, "new", False), (2.4e8, "new", True), (1.5e8, "two", False), (1.6e8, "two", True)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e9, 0, free))
-        before = everything(tmp_path)
-        dry = ["--dry-run"] if enough else []
-        code, _, error = call("train", *SHORT, "--steps", 9, "--out", tmp_path / out, *dry)
-        assert code == (0 if enough else 2) and everything(tmp_path) == before, (free, out, error)
-        assert enough or f"no room in {tmp_path / out}, where {free / 1e9:.2f} GB are free: a checkpoint takes" in error
+def test_learning_rate_decays_to_that_of_matching_and_then_to_zero():
+    rates = [train.learning_rate(step, arguments(150, 10), 100) for step in range(150)]
+    assert rates[9:41] == [2.0] * 32 and rates[70] == pytest.approx(1.2)
+    assert rates[100:121] == pytest.approx([0.4] * 21) and rates[135] == pytest.approx(0.2) and 0 < rates[149] < 0.02
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    process = start(*SHORT, "--batch", 4000, "--steps", 10, "--out", tmp_path / "run")
-    wait_for(tmp_path / "run" / "config.json", process)
-    for _ in range(2):
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-    output = process.communicate()[0]
-    assert process.returncode == 130 and "Ctrl-C now stops at once" in output and "Traceback" not in output, output
-    assert not checkpoints(tmp_path / "run")
+def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
+    begin = train.begin_of_matching
+    assert begin(arguments(40, 2), 0, 0) == (16, 18) and begin(arguments(40, 2, match=0), 0, 0) == (40, 40)
+    assert begin(arguments(40, 2, match_from=0), 0, 0) == (0, 2) and begin(arguments(100, 2), 15, 0) == (43, 45)
+    assert begin(arguments(20, 2), 12, 0) == (12, 14)       # its head start comes first, even if that is late
+    assert begin(arguments(40, 2), 20, 4) == begin(arguments(100, 2), 22, 6) == (18, 18)
+    with pytest.warns(UserWarning, match="40 steps end before the student is matched, after 50: give more --steps"):
+        assert begin(arguments(40, 50), 0, 0) == (0, 50)
 
 
-def test_nohup_is_respected(tmp_path):
-    process = start(*SHORT, "--steps", 4, "--out", tmp_path / "run", before=["nohup"])
-    wait_for(tmp_path / "run" / "config.json", process)
-    process.send_signal(signal.SIGHUP)
-    output = process.communicate()[0]
-    assert process.returncode == 0 and "the student is in" in output, output
-
-
-def test_a_closed_terminal_does_not_stop_the_save(tmp_path):
-    """Neither that it can't be written to any more nor its SIGHUP."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, SHORT), "--steps", "10000", "--out", tmp_path],
-                               cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    while not (tmp_path / "config.json").exists():
-        time.sleep(0.02)
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 0 and (tmp_path / "student" / WEIGHTS).exists()
-
-
-def test_files_follow_the_umask(call, tmp_path):
-    before = os.umask(0o027)
-    try:
-        assert call("train", *SHORT, "--steps", 2, "--out", tmp_path / "run")[0] == 0
-    finally:
-        os.umask(before)
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert modes == {0o640}
-
-
-def test_a_file_system_without_chmod_and_fsync_is_no_error(tmp_path, monkeypatch):
-    def refuse(number):
-        def call(*_, **__):
-            raise OSError(number, os.strerror(number))
-        return call
-    write = lambda path: save_file({"a": torch.ones(1)}, path)
-    for number in (errno.EPERM, errno.EINVAL, errno.ENOTSUP):
-        monkeypatch.setattr(os, "fsync", refuse(number))
-        monkeypatch.setattr(os, "chmod", refuse(number))
-        write_file(tmp_path / "file", write)
-        assert load_file(tmp_path / "file")["a"] == 1
-    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
-    with pytest.raises(checkpoint.BadInput, match="No space left"):
-        write_file(tmp_path / "file", write)
-
-
-@pytest.mark.parametrize("env, message", [
-    ({"WORLD_SIZE": "2"}, "warning: WORLD_SIZE=2 is not torchrun's, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PO"),
-    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process works alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
-def test_what_a_cluster_left_in_the_environment_is_no_torchrun(call, tmp_path, monkeypatch, env, message):
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
-    code, _, error = call("train", *SHORT, "--steps", 1, "--out", tmp_path)
-    assert code == 0 and message in error and checkpoints(tmp_path), error
-
-
-@pytest.mark.parametrize("value", ["two", "0", "-1"])
-def test_a_torchrun_environment_that_cannot_be_is_one_sentence(call, tmp_path, monkeypatch, value):
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(key, value)
-    code, _, error = call("train", "--out", tmp_path)
-    assert code == 2 and error.startswith("error: RANK, WORLD_SIZE and LOCAL_RANK: ")
-
-
-def test_remarks_in_the_log_stay(call, two):
-    log = two / "log.jsonl"
-    log.write_bytes(b"a remark, \xff\n" + log.read_bytes() + b'{"step": "x"}\n[1]\n7\n{"step": 9, "seconds": 5}\n{"to')
-    assert call("train", *SHORT, "--steps", 4, "--out", two)[0] == 0
-    lines = log.read_bytes().split(b"\n")
-    assert lines[0] == b"a remark, \xff" and lines[2:5] == [b'{"step": "x"}', b"[1]", b"7"]
-    assert [json.loads(lines[k])["step"] for k in (1, 5)] == [2, 4] and lines[6:] == [b""]
-
-
-def test_curves_are_drawn_of_whatever_a_log_holds(call, two, tmp_path):
-    code, out, error = call("tools.curves", two)
-    assert code == 0 and out.strip() == str(two / "curves.png"), error
-    [record] = last_records(two)
-    assert len(record["bootstrap_by_time"]) == 8 and record["samples_per_s"] > 0 and record["memory_gb"] > 0.1
-    few = Image.open(two / "curves.png").convert("L").histogram()[255]
-    log = two / "log.jsonl"
-    log.write_text("a remark\n" + "".join(json.dumps(record | {"step": 10 * k, "matching": None}) + "\n"
-                                          for k in range(1, 1000)) + '{"torn')
-    assert call("tools.curves", two)[0] == 0
-    assert Image.open(two / "curves.png").convert("L").histogram()[255] < few
-    log.write_text("a remark\n")
-    code, _, error = call("tools.curves", two)
-    assert code == 2 and "has no record of a step" in error
-
-
-def stop_after(monkeypatch, step):
-    """The next run ends with the save at that step, as if killed there."""
-    save = Saver.save
-
-    def save_and_stop(self, state, student, done):
-        save(self, state, student, done)
-        if done == step:
-            self.wait()
-            sys.exit()
-    monkeypatch.setattr(Saver, "save", save_and_stop)
-
-
-def last_records(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("warmup", [0, 3, 50])
-def test_resume_is_bitwise_wherever_the_critic_begins(call, tmp_path, monkeypatch, warmup):
-    """Also before it begins, in its head start, and where that is longer than the run."""
-    options = [*SHORT, "--warmup", warmup, "--steps", 8, "--save-every", 1]
-    assert call("train", *options, "--out", tmp_path / "whole")[0] == 0
-    for step in (1, 3, 5):
-        with monkeypatch.context() as patch:
-            stop_after(patch, step)
-            call("train", *options, "--out", tmp_path / "parts")
-        assert saved_step(tmp_path / "parts") == step
-    assert call("train", *options, "--out", tmp_path / "parts")[0] == 0
-    assert not differences(tmp_path / "whole", tmp_path / "parts") and saved_step(tmp_path / "parts") == 8
-
-
-def saved_step(out):
-    return max(checkpoints(out))
-
-
-def test_other_steps_move_the_start_of_matching_until_it_has_begun(call, tmp_path, monkeypatch):
-    options = [*SHORT, "--save-every", 1, "--out", tmp_path]                # the critic begins 2 steps before matching
-    for steps, step, expected in ((40, 12, 18), (20, 13, 14), (100, 15, 45), (40, 20, 18), (100, 22, 18)):
-        with monkeypatch.context() as patch:
-            stop_after(patch, step)
-            _, plan, _ = call("train", *options, "--steps", steps)
-        assert f"matched after {expected} with" in plan, steps
-
-
-def test_the_critic_always_has_a_head_start(call, tmp_path):
-    code, plan, stderr = call("train", *SHORT, "--match-from", 0, "--steps", 2, "--out", tmp_path / "a")
-    assert code == 0 and "matched" not in plan and "2 steps end before the student is matched, after 2:" in stderr
-    [line] = last_records(tmp_path / "a")
-    assert line["critic"] > 0 and "matching" not in line
-    code, plan, _ = call("train", *SHORT, "--match-from", 0, "--steps", 3, "--out", tmp_path / "b")
-    assert code == 0 and "matched after 2 with" in plan and last_records(tmp_path / "b")[-1]["matching"] > 0
+def test_each_step_has_the_losses_of_its_part_of_the_run(call, tmp_path, monkeypatch):
+    """BOOT; then the critic beside it; then the student is matched, and every fifth step has BOOT's losses."""
+    monkeypatch.setattr(plumbing.run, "LOG_EVERY", 1)
+    assert call("train", *QUICK, "--match-from", 0.5, "--steps", 6, "--out", tmp_path)[0] == 0
+    boot, critic, matching = (["bootstrap", "boundary"], ["critic"], ["matching", "critic"])
+    expected = [boot, boot, boot + critic, matching, boot + matching, matching]
+    assert [[name for name in ("bootstrap", "boundary", "matching", "critic") if name in line]
+            for line in records(tmp_path)] == expected
 
 
 def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeypatch):
-    """It gets noise and times of its own, the limited teacher, the critic; if it is the pictures' mean, that falls."""
+    """It gets noise and times of its own, the limited teacher, the critic; if it is the samples' mean, that falls."""
     drawn, means, draw = [], [], train.draw
     monkeypatch.setattr(train, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
 
@@ -307,88 +248,222 @@ def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeyp
         means.append(x.mean().item())
         return x.flatten(1).mean(1), critic(x.detach(), tau, **condition)
     monkeypatch.setattr(train, "matching_loss", mean)
-    options = ["--match-from", 0, "--match-lr", "1e-3", "--match", 100, "--warmup", 1, "--steps", 12, "--decay", 0]
-    assert call("train", *SHORT, *options, "--out", tmp_path)[0] == 0
-    assert len(means) == 11 and max(means[-3:]) < min(means[:3])
+    monkeypatch.setattr(train, "MATCH_LR", 2.0)
+    monkeypatch.setattr(train, "DECAY", 1e-9)
+    options = ["--batch", 4, "--match-from", 0, "--match", 100, "--steps", 8]
+    assert call("train", *QUICK, *options, "--out", tmp_path)[0] == 0
+    assert len(means) == 7 and max(means[-2:]) < min(means[:2])
 
 
-@pytest.mark.parametrize("options", [["--critic-updates", 2], ["--guidance", "1:6"]])
-def test_resume_and_two_processes_are_the_same_run(call, tmp_path, monkeypatch, options):
-    """Also where a step is the critic's alone, and where it is told the scale."""
-    options = [*SHORT, "--match-from", "0.5", "--steps", 8, "--save-every", 1, *options]
-    assert call("train", *options, "--out", tmp_path / "whole")[0] == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        call("train", *options, "--out", tmp_path / "parts")
-    assert call("train", *options, "--out", tmp_path / "parts")[0] == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-              "--rdzv-endpoint=127.0.0.1:0"]
-    done = subprocess.run([*launch, "train.py", *map(str, options), "--out", tmp_path / "two"], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert not differences(tmp_path / "whole", tmp_path / "parts")
-    apart = differences(tmp_path / "whole", tmp_path / "two")
-    assert max(value for name, value in apart.items() if "network" in name) < 1e-4
+# ---------------------------------------------------------------------------------------------------------- the folder
+def test_a_second_run_in_the_same_folder_is_told_who_is_there(call, two):
+    before = everything(two)
+    with lock(two):
+        code, _, error = call("train", *QUICK, "--steps", 9, "--lr", 1, "--out", two)
+        assert code == 2 and f"process {os.getpid()} on " in error and f"is training in {two}: wait" in error
+        code, printed, error = call("train", *QUICK, "--steps", 9, "--out", two, "--dry-run")
+        assert code == 0 and "resuming at step 2" in printed, error
+    assert everything(two) == before
 
 
-def test_a_step_of_the_critic_alone_leaves_the_student(call, tmp_path, monkeypatch):
-    """With 3 updates of the critic, of the steps 4 to 8 only the sixth matches the student."""
-    states, save = {}, Saver.save
-    monkeypatch.setattr(Saver, "save", lambda self, state, student, step: states.update(
-        {step: {name: tensor.clone() for name, tensor in state.items()}}) or save(self, state, student, step))
-    options = ["--match-from", "0.5", "--critic-updates", 3, "--warmup", 1, "--steps", 8, "--save-every", 1]
-    assert call("train", *SHORT, *options, "--out", tmp_path)[0] == 0
-    for step in range(2, 9):
-        old, new = states[step - 1], states[step]
-        moved = {name for name in new if not new[name].equal(old[name])}
-        assert any(name.startswith("network") for name in moved) == (step <= 4 or step == 6), step
-        assert any(name.startswith("critic_network") for name in moved) == (step >= 4), step
-        assert any(name.startswith("ema") for name in moved) == (step <= 4 or step == 6), step
+def test_a_student_without_its_state_is_never_replaced(call, two):
+    shutil.rmtree(two / "state")
+    before = everything(two)
+    code, _, error = call("train", *QUICK, "--out", two)
+    assert code == 2 and "holds a student, but no state to go on from" in error and everything(two) == before
 
 
-def test_a_negative_prompt_that_is_not_utf8_is_readable_everywhere(run, tmp_path):
-    done = run("train.py", *SHORT, "--steps", 1, "--out", tmp_path, "--negative-prompt", os.fsdecode(b"caf\xe9"))
-    assert done.returncode == 0 and "is not UTF-8 text" in done.stderr, done.stderr
-    info = json.loads((tmp_path / "student" / "student.json").read_text(encoding="utf-8"))
-    assert info["negative_prompt"] == "caf\ufffd"
+def test_a_crash_between_state_and_student_is_mended(call, two):
+    """The state is saved first; a start from it writes its student again."""
+    path = two / "student" / WEIGHTS
+    whole = load_file(path)
+    save_file({name: tensor * 0 for name, tensor in whole.items()}, path, {"format": "pt", "step": "1"})
+    code, _, error = call("train", *QUICK, "--out", two)
+    assert code == 0 and all(tensor.equal(whole[name]) for name, tensor in load_file(path).items()), error
+
+
+def test_what_a_killed_save_left_is_removed(call, two):
+    half, mine = two / "state" / "step_4.new" / "half.safetensors", two / "mine.new"
+    half.parent.mkdir()
+    for path in (half, mine):
+        path.write_bytes(b"x")
+    assert call("train", *QUICK, "--out", two, "--dry-run")[0] == 0 and half.exists()
+    assert call("train", *QUICK, "--out", two)[0] == 0 and mine.exists() and not half.parent.exists()
+    assert {path.name for path in (two / "state").iterdir()} - {".lock"} == {"step_2"}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(call, tmp_path):
+    """If all are damaged, they are kept as they are."""
+    out = tmp_path / "run"
+    options = [*QUICK, "--steps", 3, "--every", 2, "--out", out]
+    assert call("train", *options)[0] == 0
+    whole = read_state(out)
+    [file], [older] = (folder.glob("*.safetensors") for folder in checkpoints(out).values())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, printed, error = call("train", *options)
+    assert code == 0 and "resuming at step 2" in printed, error
+    assert f"{file} is missing or damaged" in error and "the checkpoint before it is tried" in error
+    assert all(tensor.equal(whole[name]) for name, tensor in read_state(out).items())
+    for path in (file, older):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = everything(out)
+    code, _, error = call("train", *options, "--steps", 5)
+    assert code == 2 and f"all checkpoints in {out / 'state'} are damaged; move {out} away to start anew" in error
+    assert everything(out) == before
+
+
+def test_room_for_three_checkpoints_is_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
+    """Two of them are kept while a third is written."""
+    size, usage = sum(tensor.nbytes for tensor in read_state(two).values()), namedtuple("usage", "total used free")
+    there = sum(path.stat().st_size for path in two.rglob("*.safetensors"))
+    for out, need in ((tmp_path / "new", 3 * size), (two, 3 * size - there)):
+        for free, dry, expected in ((need - 1, [], 2), (need, ["--dry-run"], 0)):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e9, 0, free))
+            before = everything(tmp_path)
+            code, _, error = call("train", *QUICK, "--steps", 9, "--out", out, *dry)
+            assert code == expected and everything(tmp_path) == before, error
+            assert code == 0 or f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes" in error
+
+
+def test_files_follow_the_umask(tmp_path):
+    assert train_forked(tmp_path, 1, *QUICK, "--steps", 1, prepare=lambda rank: os.umask(0o027))[0] == [0]
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in everything(tmp_path)} == {0o640}
+
+
+def test_a_file_system_without_chmod_and_fsync_is_no_error(tmp_path, monkeypatch):
+    def refuse(number):
+        def call(*_, **__):
+            raise OSError(number, os.strerror(number))
+        return call
+    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    write_file(tmp_path / "file", lambda path: save_file({"a": torch.ones(1)}, path))
+    assert load_file(tmp_path / "file")["a"] == 1
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+    with pytest.raises(BadInput, match="No space left"):
+        write_file(tmp_path / "file", lambda path: path.write_text("x"))
+
+
+# ----------------------------------------------------------------------------------------------- signals and terminals
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    twice = signal_in_step(1, signal.SIGINT, signal.SIGINT)
+    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=twice)
+    assert codes == [130] and "stopping after this step; Ctrl-C now stops at once" in printed, printed
+    assert "Traceback" not in printed and not checkpoints(tmp_path)
+
+
+def test_nohup_is_respected(tmp_path):
+    def prepare(rank):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal_in_step(1, signal.SIGHUP)(rank)
+    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=prepare)
+    assert codes == [0] and "the student is in" in printed, printed
+
+
+def test_a_closed_terminal_does_not_stop_the_save(tmp_path):
+    """Neither that it can't be written to any more nor its SIGHUP."""
+    def prepare(rank):
+        ours, theirs = pty.openpty()
+        os.dup2(theirs, 1)
+        os.dup2(theirs, 2)
+        os.close(theirs)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        in_step(2, lambda: (os.close(ours), os.kill(os.getpid(), signal.SIGHUP)))(rank)
+    assert train_forked(tmp_path, 1, *QUICK, "--steps", 9, prepare=prepare)[0] == [0]
+    assert list(checkpoints(tmp_path)) == [2] and (tmp_path / "student" / WEIGHTS).exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- the log
+def test_a_resumed_log_has_every_step_once_and_keeps_remarks(call, two, monkeypatch):
+    log = two / "log.jsonl"
+    killed = json.dumps(records(two)[0] | {"step": 9, "seconds": 99.0}).encode()
+    log.write_bytes(b"a remark, \xff\n" + log.read_bytes() + b'{"step": "x"}\n[1]\n7\n' + killed + b'\n{"to')
+    assert call("train", *QUICK, "--steps", 4, "--out", two)[0] == 0
+    lines = log.read_bytes().split(b"\n")
+    assert lines[0] == b"a remark, \xff" and lines[2:5] == [b'{"step": "x"}', b"[1]", b"7"] and lines[6:] == [b""]
+    old, new = (json.loads(lines[k]) for k in (1, 5))
+    assert (old["step"], new["step"]) == (2, 4) and old["seconds"] < new["seconds"] < 99
+
+
+def test_curves_are_drawn_of_whatever_a_log_holds(call, tmp_path):
+    record, ink = {"bootstrap": 0.3, "boundary": 2.0, "critic": 0.1, "grad_norm": 1.0, "lr": 5e-4, "seconds": 9.0}, []
+    for number in (2, 1000):
+        lines = [json.dumps(record | {"step": 10 * k, "matching": None}) for k in range(1, number)]
+        (tmp_path / "log.jsonl").write_text("\n".join(["a remark", *lines, '{"torn']))
+        code, printed, error = call("tools.curves", tmp_path)
+        assert code == 0 and printed.strip() == str(tmp_path / "curves.png"), error
+        ink.append(Image.open(tmp_path / "curves.png").convert("L").histogram()[255])
+    assert ink[1] < ink[0]
+    (tmp_path / "log.jsonl").write_text("a remark\n")
+    code, _, error = call("tools.curves", tmp_path)
+    assert code == 2 and "has no record of a step" in error
+
+
+# -------------------------------------------------------------------------------------------------- losses that explode
+def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkeypatch):
+    """Though nobody looks in every step; nothing of it is saved."""
+    calls, losses = itertools.count(), train.boot_losses
+
+    def break_at_the_fourth(*args, **condition):
+        L_BS, L_BC = losses(*args, **condition)
+        return L_BS / (next(calls) != 3), L_BC
+    monkeypatch.setattr(train, "boot_losses", break_at_the_fourth)
+    options = [*QUICK, "--match", 0, "--steps", 9, "--every", 3]
+    code, _, error = call("train", *options, "--out", tmp_path)
+    _, _, t, *_ = train.draw(0, 3, range(2), (3, 32, 32), 1000, 10, 3.0)
+    assert code == 2 and f"bootstrap and grad_norm not finite at step 3 (times {t.tolist()}, ..." in error, error
+    assert "guidance [3.0, 3.0]" in error and "lower --lr" in error and list(checkpoints(tmp_path)) == [3]
+
+
+def test_a_run_that_explodes_keeps_its_checkpoint(call, tmp_path):
+    code, _, error = call("train", *QUICK, "--steps", 5, "--out", tmp_path, "--lr", 10, "--every", 1)
+    assert code == 2 and "not finite at step " in error and error.count("error: ") == 1, error
+    assert all(tensor.isfinite().all() for tensor in student(tmp_path).values())
+
+
+def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, call, tmp_path):
+    weights = load_file(pixel / "unet" / WEIGHTS)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.nan}, pixel / "unet" / WEIGHTS)
+    code, _, error = call("train", *QUICK, "--teacher", pixel, "--out", tmp_path / "run")
+    assert code == 2 and "no weight has changed yet, so the teacher" in error and "--lr" not in error
+
+
+@pytest.mark.parametrize("load, threads, policy, speaks", [
+    (1.5, 2, "", True), (0.1, 2, "", False), (1.5, 1, "", False), (1.5, 2, "passive", False)])
+def test_a_busy_machine_is_named_where_threads_would_wait(monkeypatch, load, threads, policy, speaks):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * os.cpu_count(), 0, 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plumbing.processes.warn_if_busy(torch.device("cpu"))
+    assert ["OMP_NUM_THREADS=1" in str(line.message) for line in said] == [True] * speaks
+
+
+# ------------------------------------------------------------------------------------------- prompts, other schedules
+def test_composed_prompts_are_many_distinct_and_repeatable():
+    prompts = compose_prompts()
+    assert len(set(prompts)) == 100_000 and prompts[:50] == compose_prompts(50)
+    assert all(3 <= len(prompt.split()) <= 24 for prompt in prompts)
+
+
+def test_training_warns_of_long_prompts_once(call, tmp_path):
+    (tmp_path / "long.txt").write_text("".join("red " * 90 + f"hat {k}\n" for k in range(32)))
+    code, _, error = call("train", "--prompts", tmp_path / "long.txt", "--out", tmp_path / "run", "--dry-run")
+    assert code == 0 and error.count("prompt truncated") == 1 == error.count("others like it are not shown"), error
 
 
 def test_a_negative_prompt_without_guidance_warns(call, tmp_path):
-    options = ["--negative-prompt", "a bag", "--dry-run", "--out", tmp_path / "run"]
+    options = [*QUICK, "--negative-prompt", "bag", "--dry-run", "--out", tmp_path / "run"]
     assert "--negative-prompt has no effect with --guidance 1" in call("train", "--guidance", 1, *options)[2]
     assert "no effect" not in call("train", "--guidance", "1:3", *options)[2]
 
 
-@pytest.fixture
-def pixel(tmp_path):
-    """A function: changes of its scheduler's config -> a copy of the embedded pixel teacher, which predicts v."""
-    def make(**change):
-        others = shutil.ignore_patterns("student", "evaluation")
-        folder = shutil.copytree(TINY / "pixel", tmp_path / "pixel", ignore=others)
-        path = folder / "scheduler" / "scheduler_config.json"
-        write_json(path, checkpoint.read_json(path) | change)
-        return folder
-    return make
-
-
-def test_zero_terminal_snr_from_training_to_picture(pixel, call, tmp_path):
-    folder = pixel(rescale_betas_zero_snr=True)
-    assert Schedule(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")).alpha(1000) == 0
-    code, _, error = call("train", *SHORT, "--teacher", folder, "--steps", 10, "--out", tmp_path / "run",
-                          "--sample-every", 10)
-    assert code == 0 and json.loads((tmp_path / "run" / "log.jsonl").read_text())["bootstrap"] > 0, error
+def test_zero_terminal_snr_from_training_to_sample(pixel, call, tmp_path):
+    edit(pixel / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    assert new_schedule(read_json(pixel / "scheduler" / "scheduler_config.json")).alpha(1000) == 0
+    code, _, error = call("train", *QUICK, "--teacher", pixel, "--samples", 1, "--out", tmp_path / "run")
+    assert code == 0 and records(tmp_path / "run")[0]["matching"] > 0, error
     assert call("sample", "--student", tmp_path / "run", "--label", "bag", "--out", tmp_path / "a.png")[0] == 0
-
-
-def test_a_schedule_that_cannot_work_is_refused_when_loading(pixel, call, tmp_path):
-    folder = pixel(rescale_betas_zero_snr=True, prediction_type="epsilon")
-    code, _, error = call("train", *SHORT, "--teacher", folder, "--out", tmp_path / "run")
-    assert code == 2 and "rescale_betas_zero_snr True" in error and "v_prediction or sample" in error
-
-
-def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, call, tmp_path):
-    folder = pixel()
-    weights = load_file(folder / "unet" / WEIGHTS)
-    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.nan}, folder / "unet" / WEIGHTS)
-    code, _, error = call("train", *SHORT, "--teacher", folder, "--out", tmp_path / "run")
-    assert code == 2 and "no weight has changed yet, so that the teacher" in error and "--lr" not in error

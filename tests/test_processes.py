@@ -1,0 +1,243 @@
+"""Several processes, with gloo on a CPU.
+
+Two processes are one run, replicated or sharded, and any number of them resumes what any other saved. All of them stop
+together, and halve a micro-batch together. A kill at any moment costs no bit. A full disk leaves the last checkpoint.
+What can't be split over processes, and an environment that is not torchrun's, is one sentence.
+"""
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import train
+from conftest import ROOT
+from dev.kill import differences, read_state
+from forks import short_of_memory, signal_in_step, train_forked
+from plumbing.checkpoints import checkpoints
+from plumbing.files import BadInput
+from plumbing.processes import torchrun
+from plumbing.run import split_batch
+
+QUICK = ["--teacher", "tiny-pixel", "--batch", 4, "--steps", 3, "--warmup", 1, "--match-from", 0.5, "--every", 100,
+         "--samples", 0]
+WHOLE = ["--batch", 24, "--steps", 6, "--warmup", 1, "--match-from", 0.5, "--every", 2, "--samples", 0]
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function: options -> the folder of a run of one process."""
+    folders = {}
+
+    def alone(*options):
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("alone")
+            assert train_forked(folders[options], 1, *options)[0] == [0]
+        return folders[options]
+    return alone
+
+
+@pytest.fixture
+def launch():
+    """A function: start `torchrun --nproc_per_node=WORLD train.py OPTIONS`, a thread each. What is left is killed."""
+    started = []
+
+    def launch(world, *options):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
+        started.append(subprocess.Popen(
+            [*line, *map(str, options)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return started[-1]
+    yield launch
+    for process in started:
+        process.terminate()                                 # torchrun ends its own
+        process.wait()
+
+
+def distance(out, other):
+    """Of two states' weights and moments, over their norm."""
+    ours, theirs = read_state(out), read_state(other)
+    norms = [((tensor - theirs[name]).double().norm(), tensor.double().norm()) for name, tensor in ours.items()]
+    apart, size = torch.tensor(norms).square().sum(0).sqrt()
+    return (apart / size).item()
+
+
+def assert_one_run(out, other):
+    """The same up to the order of floating-point sums: weights, moments, logged losses."""
+    ours, theirs = (json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in (out, other))
+    logged = [name for name in ("bootstrap", "boundary", "matching", "critic", "critic_grad_norm") if name in ours]
+    assert [ours[name] for name in logged] == pytest.approx([theirs[name] for name in logged], rel=1e-5)
+    assert len(logged) > 2 and distance(out, other) < 1e-5
+
+
+def largest_part(out):
+    """Of the state, what the process wrote that holds most of it."""
+    sizes = [path.stat().st_size for path in next(iter(checkpoints(out).values())).glob("*.safetensors")]
+    return max(sizes) / sum(sizes)
+
+
+# --------------------------------------------------------------------------------------------------- one run, in parts
+def test_two_processes_are_one_run(alone, tmp_path):
+    """Noise, time and prompt of a sample depend on its number alone. Each process writes its part of a checkpoint."""
+    options = [*QUICK, "--guidance", "1:6"]
+    codes, printed = train_forked(tmp_path, 2, *options, "--micro-batch", 1)
+    assert codes == [0, 0], printed
+    assert_one_run(alone(*options), tmp_path)
+    assert largest_part(tmp_path) < 1.2 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, options", [(2, ()), (2, ("--shard",)), (3, ("--shard", "--micro-batch", 4))])
+def test_torchrun_is_one_run(alone, launch, tmp_path, world, options):
+    process = launch(world, *WHOLE, *options, "--out", tmp_path)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    assert_one_run(alone(*WHOLE), tmp_path)
+    assert largest_part(tmp_path) < 1.2 / world
+
+
+@pytest.mark.parametrize("options, stretches", [
+    (QUICK, [(1, ()), (2, ()), (2, ("--shard",))]),
+    pytest.param(WHOLE, [(1, ()), (2, ("--shard",)), (3, ("--shard",)), (2, ()), (3, ()), (1, ())],
+                 marks=pytest.mark.slow)])
+def test_any_number_of_processes_resumes_what_any_other_saved(alone, tmp_path, options, stretches):
+    """A step each. What the last saved is read by one process."""
+    for step, (world, sharded) in enumerate(stretches):
+        prepare = signal_in_step(step + 1, signal.SIGTERM)
+        codes, printed = train_forked(tmp_path, world, *options, *sharded, prepare=prepare)
+        assert codes == [0] * world and max(checkpoints(tmp_path)) == step + 1, printed
+        assert step == 0 or f"resuming at step {step}" in printed
+        assert largest_part(tmp_path) < 1.2 / world
+    assert_one_run(alone(*options), tmp_path)
+
+
+def test_all_processes_stop_with_the_one_that_gets_a_signal(tmp_path):
+    codes, printed = train_forked(tmp_path, 2, *QUICK, prepare=signal_in_step(2, signal.SIGTERM, rank=1))
+    assert codes == [0, 0] and "stopped at step 2; " in printed and list(checkpoints(tmp_path)) == [2], printed
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_stopped_ends_with_a_checkpoint(launch, tmp_path):
+    """Of the step at which all processes stopped."""
+    process = launch(2, *QUICK, "--steps", 10**6, "--every", 3, "--out", tmp_path)
+    while not (tmp_path / "state" / "step_3").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.terminate()
+    printed = process.communicate(timeout=100)[0]
+    assert f"stopped at step {max(checkpoints(tmp_path))}; " in printed, printed
+
+
+def test_processes_of_other_options_are_refused(tmp_path):
+    codes, printed = train_forked(tmp_path, 2, *QUICK, prepare=lambda rank: sys.argv.extend(["--seed", str(rank)]))
+    assert 2 in codes and "process 1 has other options or another teacher than the first" in printed, printed
+    assert not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_micro_batch_is_halved_until_it_fits(tmp_path, world):
+    """Memory runs out for the last process, in the first pass of a step and in a later one. All of them begin the step
+    again, and the student is that of --micro-batch 1."""
+    def prepare(rank):
+        if rank == world - 1:
+            train.boot_losses = short_of_memory(0, 2)
+    options = [*QUICK, "--batch", 4 * world, "--steps", 1]
+    codes, printed = train_forked(tmp_path / "tried", world, *options, prepare=prepare)
+    assert codes == [0] * world and printed.count("memory ran out: from here on 2 samples at once") == 1, printed
+    assert train_forked(tmp_path / "told", world, *options, "--micro-batch", 1)[0] == [0] * world
+    assert not differences(tmp_path / "tried", tmp_path / "told")
+
+
+@pytest.mark.parametrize("options, numbers", [(["--micro-batch", 2], [0]), (["--batch", 2], [0, 1])])
+def test_a_micro_batch_that_is_told_or_of_one_is_not_halved(call, tmp_path, monkeypatch, options, numbers):
+    monkeypatch.setattr(train, "boot_losses", short_of_memory(*numbers))
+    code, _, error = call("train", *QUICK, *options, "--out", tmp_path)
+    assert code == 2 and "error: out of memory, give half the --micro-batch" in error and not checkpoints(tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_processes_end_where_memory_runs_out(tmp_path):
+    """Their passes need each other, so that one can't begin again while the others go on."""
+    def prepare(rank):
+        if rank == 1:
+            train.boot_losses = short_of_memory(0)
+    codes, printed = train_forked(tmp_path, 2, *QUICK, "--shard", prepare=prepare)
+    assert codes[1] == 2 and "error: out of memory, give half the --micro-batch" in printed, printed
+    assert not checkpoints(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- kills and full disks
+def test_a_killed_run_resumes_bitwise(alone, tmp_path):
+    """-9: no handler runs, and the kernel frees the lock."""
+    killed, _ = train_forked(tmp_path, 1, *QUICK, "--every", 1, prepare=signal_in_step(3, signal.SIGKILL))
+    assert killed == [-signal.SIGKILL] and list(checkpoints(tmp_path)) == [2, 1]
+    codes, printed = train_forked(tmp_path, 1, *QUICK)
+    assert codes == [0] and "resuming at step 2" in printed, printed
+    assert not differences(alone(*QUICK), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--kills", 3), ("--processes", 2, "--kills", 1)])
+def test_killed_at_random_moments_it_is_the_undisturbed_run(call, tmp_path, options):
+    code, printed, error = call("dev.kill", *options, "--steps", 12, "--out", tmp_path)
+    assert code == 0 and "bitwise the undisturbed one" in printed, error
+
+
+def test_who_has_lost_the_others_says_so(tmp_path):
+    codes, printed = train_forked(tmp_path, 2, *QUICK, prepare=signal_in_step(2, signal.SIGKILL, rank=1))
+    assert codes == [2, -signal.SIGKILL] and "error: process 0 has lost the others" in printed, printed
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_a_sentence(call, tmp_path, monkeypatch):
+    write, calls = dcp.HuggingFaceStorageWriter.write_data, itertools.count()
+
+    def full(self, plan, planner):
+        if next(calls) > 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, plan, planner)
+    options = [*QUICK, "--match", 0, "--every", 1, "--steps", 3, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+        code, _, error = call("train", *options)
+    assert code == 2 and "can't write" in error and "No space left on device" in error, error
+    assert list(checkpoints(tmp_path)) == [1] and not list((tmp_path / "state").glob("*.new"))
+    assert call("train", *options)[0] == 0 and max(checkpoints(tmp_path)) == 3
+
+
+# ------------------------------------------------------------------------------------------------ what can't be split
+@pytest.mark.parametrize("batch, message", [
+    (32, "--batch 32 does not divide over 3 processes: 30 or 33 does"),
+    (2, "--batch 2 does not divide over 3 processes: 3 does")])
+def test_a_batch_that_does_not_divide_is_told_what_does(batch, message):
+    with pytest.raises(BadInput, match=message):
+        split_batch(train.parse_args(["--batch", str(batch)]), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("env, message", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is not torchrun's, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: one"),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process works alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
+def test_what_a_cluster_left_in_the_environment_is_no_torchrun(monkeypatch, env, message):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torchrun() == (0, 1, 0)
+    assert [message in str(line.message) for line in said] == [True] * bool(message)
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1"])
+def test_a_torchrun_environment_that_cannot_be_is_one_sentence(call, tmp_path, monkeypatch, value):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, value)
+    code, _, error = call("train", "--out", tmp_path)
+    assert code == 2 and error.startswith("error: RANK, WORLD_SIZE and LOCAL_RANK: ")
