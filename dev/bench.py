@@ -7,9 +7,9 @@
     python -m dev.bench --sampling --decoder tiny/decoder   one step beside the pipeline's guided fifty
     python -m dev.bench --agreement                         predictions and images of a GPU beside the CPU's
 
-    load, read          seconds until a network is loaded, and until all of its weights have been read
+    load, read, pass    seconds until a network is loaded, until all of its weights have been read, of one pass
     peak                peak memory: of loading, over the weights' size; of train.py, in GB
-    ours, theirs        seconds of one pass, of one training step, or of one batch from prompts to PNG in memory
+    ours, theirs        seconds of one training step, or of one batch from prompts to PNG files in memory
     ratio               how many times as fast as theirs ours is
     difference          of a pass: the largest one over the largest value; of trained weights: ||a - b|| / ||b||
     prediction, image   agreement: ||a - b|| / ||b|| of clean predictions; an image's largest difference, of 255
@@ -20,6 +20,7 @@ sampling step about 35 times as fast as fifty. Needs diffusers and transformers,
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import math
@@ -65,9 +66,11 @@ def clock(device, seconds):
 
 
 def compare(ours, theirs):
-    """The row of two lists of seconds, taken in turn."""
-    return {"ours": statistics.median(ours), "theirs": statistics.median(theirs),
-            "ratio": statistics.median(b / a for a, b in zip(ours, theirs))}
+    """The row of two lists of seconds, taken in turn; or of ours alone."""
+    row = {"ours": statistics.median(ours)}
+    if theirs:
+        row |= {"theirs": statistics.median(theirs), "ratio": statistics.median(b / a for a, b in zip(ours, theirs))}
+    return row
 
 
 def report(title, rows):
@@ -78,34 +81,6 @@ def report(title, rows):
 
 
 # ----------------------------------------------------------------------------------------------- loading and one pass
-def reference_class(part, folder):
-    config = read_json(folder / "config.json")
-    return getattr(importlib.import_module(PARTS[part][2]), config.get("_class_name") or config["architectures"][0])
-
-
-def load(whose, part, folder, device, dtype):
-    """A network from its folder, of ours or of theirs."""
-    if whose == "ours":
-        network, stem, _ = PARTS[part]
-        return load_module(network, folder, device, dtype, stem)
-    network = reference_class(part, folder).from_pretrained(folder, torch_dtype=dtype)
-    return network.to(device).eval().requires_grad_(False)
-
-
-def measure_loading(whose, part, folder, device, dtype):
-    """(load, read, peak), see above. It needs a process of its own, whose memory nothing else has used."""
-    if whose == "theirs":
-        reference_class(part, folder)                       # its imports do not count
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmRSS")
-    began = time.perf_counter()
-    network = load(whose, part, folder, device, dtype)
-    loaded = time.perf_counter()
-    sum(p.sum().item() for p in network.parameters())
-    read = time.perf_counter()
-    size = sum(p.nbytes for p in network.parameters())
-    return loaded - began, read - began, (peak_memory(device) - before) / size
-
-
 def passes(part, config, args, device, dtype):
     """One pass on a random input: two functions, of our network and of theirs."""
     rng, batch = torch.Generator().manual_seed(0), args.batch or 1
@@ -127,18 +102,28 @@ def passes(part, config, args, device, dtype):
 
 
 @torch.no_grad()
-def measure_forward(part, folder, args, device, dtype):
-    """The row of one pass of both, in turn."""
-    ours, theirs = (load(whose, part, folder, device, dtype) for whose in ("ours", "theirs"))
-    our_pass, their_pass = passes(part, ours.config, args, device, dtype)
-    our_seconds, their_seconds = [], []
-    for _ in range(args.repeat + 1):                        # the first does not count
-        with clock(device, our_seconds):
-            a = our_pass(ours)
-        with clock(device, their_seconds):
-            b = their_pass(theirs)
-    difference = (a.float() - b.float()).abs().max() / b.float().abs().max()
-    return compare(our_seconds[1:], their_seconds[1:]) | {"difference": difference.item()}
+def measure(whose, part, folder, args, device, dtype):
+    """((load, read, peak, pass), output) of a network, of ours or of theirs. It needs a process of its own, whose memory
+    nothing else has used."""
+    config, (network, stem, library) = read_json(folder / "config.json"), PARTS[part]
+    if whose == "theirs":                                   # imported first, because that does not count
+        name = config.get("_class_name") or config["architectures"][0]
+        reference = getattr(importlib.import_module(library), name)
+    our_pass, their_pass = passes(part, config, args, device, dtype)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmRSS")
+    began = time.perf_counter()
+    if whose == "ours":
+        call, network = our_pass, load_module(network, folder, device, dtype, stem)
+    else:
+        call, network = their_pass, reference.from_pretrained(folder, torch_dtype=dtype).to(device).eval()
+    loaded = time.perf_counter()
+    sum(p.sum().item() for p in network.parameters())
+    read, peak = time.perf_counter(), peak_memory(device) - before
+    call(network)                                           # the first pass does not count
+    with clock(device, seconds := []):
+        output = call(network)
+    size = sum(p.nbytes for p in network.parameters())
+    return (loaded - began, read - began, peak / size, *seconds), output.float().cpu().numpy()
 
 
 def bench_networks(args, device, dtype):
@@ -149,60 +134,54 @@ def bench_networks(args, device, dtype):
     for part in args.parts or folders:
         if part not in folders:
             raise BadInput(f"{args.teacher} has no {part}/")
-        spawn, measured = multiprocessing.get_context("spawn"), {"ours": [], "theirs": []}
+        spawn, rows, outputs = multiprocessing.get_context("spawn"), {"ours": [], "theirs": []}, {}
         with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
-            for _ in range(args.repeat):
-                for whose, rows in measured.items():
-                    rows.append(processes.submit(measure_loading, whose, part, folders[part], device, dtype).result())
-        found[part] = {whose: dict(zip(("load", "read", "peak"), map(statistics.median, zip(*rows))))
-                       for whose, rows in measured.items()}
-        found[part]["forward"] = measure_forward(part, folders[part], args, device, dtype)
+            for whose in ("ours", "theirs") * args.repeat:
+                row, outputs[whose] = processes.submit(measure, whose, part, folders[part], args, device, dtype).result()
+                rows[whose].append(row)
+        ours, theirs = outputs.values()
+        found[part] = {whose: dict(zip(("load", "read", "peak", "pass"), map(statistics.median, zip(*measured))))
+                       for whose, measured in rows.items()}
+        found[part]["both"] = {"ratio": found[part]["theirs"]["pass"] / found[part]["ours"]["pass"],
+                               "difference": float(abs(ours - theirs).max() / abs(theirs).max())}
         report(f"{part} of {args.teacher} in {args.precision} on {device}, {args.repeat} times", found[part])
     return found
 
 
 # ----------------------------------------------------------------------------------------------------- training steps
-class Steps:
-    """Stands in for run.steps, around which it measures. .seconds: {kind: (ours, theirs)}, a list of each step's.
-    .flops: {kind: operations of a step}, on a GPU. .loop: dev/reference.py's loop, which makes each step before
-    train.py does; None if alone."""
-
-    def __init__(self, run, alone):
-        self.run, self.alone, self.steps = run, alone, run.steps
-        self.seconds, self.flops, self.loop = {}, {}, None
-
-    def __call__(self):
-        args, device = self.run.args, self.run.device
-        args.micro_batch = self.run.micro_batch
-        _, match_from = train.begin_of_matching(args, 0, 0)
-        if not self.alone:
-            self.loop = reference_loop(self.run, args)
-        for step in self.steps():
-            kind = "BOOT"
-            if step >= match_from:
-                kind = "matched" if (step + 1) % train.BOOT_EVERY else "both"
-            ours, theirs = self.seconds.setdefault(kind, ([], []))
-            if step < 2 or step in (match_from - 1, match_from):
-                ours, theirs = [], []                       # a kind's first steps are slower; the critic's head start
-            if self.loop:
-                with clock(device, theirs):
-                    self.loop.step(step)
-            counts = device.type == "cuda" and step in (1, match_from)
-            counter = FlopCounterMode(display=False) if counts else contextlib.nullcontext()
-            with counter, clock(device, ours):
-                yield step
-            if counts:
-                self.flops[kind] = counter.get_total_flops()
+def timed_steps(run, steps, loop, seconds, flops):
+    """run.steps, around which it measures: seconds, {kind of step: (train.py's, the loop's)}, two lists; and on a GPU
+    flops, {kind: operations of train.py's}. loop: makes dev/reference.py's, whose step comes first; or None."""
+    _, match_from = train.begin_of_matching(run.args, 0, 0)
+    for step in steps():
+        kind = "BOOT"
+        if step >= match_from:
+            kind = "matched" if (step + 1) % train.BOOT_EVERY else "both"
+        ours, theirs = seconds.setdefault(kind, ([], []))
+        untimed = step < 2 or step in (match_from - 1, match_from)
+        if untimed:                             # the first steps of a kind are slower; and the critic's head start
+            ours, theirs = [], []
+        counts = untimed and run.device.type == "cuda"
+        counter = FlopCounterMode(display=False) if counts else contextlib.nullcontext()
+        if loop:
+            with clock(run.device, theirs):
+                loop().step(step)
+        with counter, clock(run.device, ours):
+            yield step
+        if counts:
+            flops.setdefault(kind, counter.get_total_flops())
 
 
-def reference_loop(run, args):
+def reference_loop(run):
     """dev/reference.py's loop. Raises BadInput for options that it lacks."""
-    plain = run.teacher.condition_type == "prompt" and args.match and args.ema and args.guidance != 1
+    teacher, args = run.teacher, run.args
+    plain = teacher.condition_type == "prompt" and args.match and args.ema and args.guidance != 1
     if not plain or isinstance(args.guidance, list) or args.grad_checkpointing or args.precision == "fp16":
         raise BadInput("the loop on diffusers is for teachers of text and one guidance scale, and has no --match 0, "
                        "--ema 0, --grad-checkpointing or --precision fp16: measure train.py --alone")
     from dev.reference import Loop                          # which needs the reference libraries
-    return Loop(run.teacher, run.prompts, args)
+    args.micro_batch = run.micro_batch
+    return Loop(teacher, run.prompts, args)
 
 
 def bench_steps(args, device, dtype):
@@ -210,22 +189,23 @@ def bench_steps(args, device, dtype):
     given = {"teacher": args.teacher, "steps": 2 * args.steps, "match-from": 0.5, "warmup": 1, "every": 10**9,
              "samples": 0, "precision": args.precision, "device": device, "batch": args.batch}
     options = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
+    seconds, flops, rows = {}, {}, {}
     # Saving is left out, because it would take longest.
     with tempfile.TemporaryDirectory() as out, mock.patch("plumbing.run.save"):
         options = train.parse_args([*options, "--out", f"{out}/run", *args.options])
         with Run(options) as run, contextlib.redirect_stdout(io.StringIO()):
-            steps = run.steps = Steps(run, args.alone)
+            loop = None if args.alone else functools.cache(functools.partial(reference_loop, run))
+            run.steps = functools.partial(timed_steps, run, run.steps, loop, seconds, flops)
             train.train(options, run)
-    rows = {}
-    for kind, (ours, theirs) in steps.seconds.items():
-        row = rows[kind] = {"ours": statistics.median(ours)} if args.alone else compare(ours, theirs)
+    for kind, (ours, theirs) in seconds.items():
+        row = rows[kind] = compare(ours, theirs)
         row["samples/s"] = options.batch / row["ours"]
-        if kind in steps.flops:
-            row["TFLOP/s"] = steps.flops[kind] / row["ours"] / 1e12
+        if kind in flops:
+            row["TFLOP/s"] = flops[kind] / row["ours"] / 1e12
     whole = {"peak": peak_memory(device) / 1e9}
     if not args.alone:
-        whole = {"difference": max(differ(run.state, *network) for network in steps.loop.networks.items())}
-    report(f"steps of {options.batch} of {args.teacher} in {args.precision} on {device}, {options.micro_batch} at once",
+        whole = {"difference": max(differ(run.state, *network) for network in loop().networks.items())}
+    report(f"steps of {options.batch} of {args.teacher} in {args.precision} on {device}, {run.micro_batch} at once",
            rows | {"all": whole})
     return {"rows": rows, **whole}
 
@@ -298,8 +278,7 @@ def bench_agreement(args, device, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--teacher", default="tiny", help="its name, or its folder in the diffusers layout (default: tiny)")
     option("--precision", choices=list(PRECISION), default="fp32")

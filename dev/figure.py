@@ -17,7 +17,6 @@ Needs matplotlib.
 import argparse
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from plumbing.files import command
@@ -52,7 +51,8 @@ def make_cells(prompt, seed):
 
 def draw(times, rows, step):
     """The figure. Its unit is a cell; the rows' names are left of x = 0."""
-    figure = plt.figure(figsize=(9, 4.7), dpi=200)
+    from matplotlib.figure import Figure                    # here, because only this command needs it
+    figure = Figure(figsize=(9, 4.7), dpi=200)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-2.3, 7.0), ylim=(4.55, -0.36), autoscale_on=False)
     axes.axis("off")
 
@@ -73,7 +73,7 @@ def draw(times, rows, step):
         for y, row in enumerate(rows):
             show(row[k], k, y)
         if stepping:
-            axes.add_patch(plt.Rectangle((k, 2), 0.94, 0.94, fill=False, color=BLUE, lw=2))
+            axes.plot((k, k + 0.94, k + 0.94, k, k), (2, 2, 2.94, 2.94, 2), color=BLUE, lw=2)
     write(-2.2, -0.15, r"one noise $\epsilon$, one prompt")
     for y, (name, text) in enumerate(ROWS):
         write(-2.2, y + 0.24, name, 16, "black")

@@ -29,6 +29,7 @@ from plumbing.files import BadInput, command
 from plumbing.hub import ROOT
 
 RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--every", 2, "--samples", 0)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--max-restarts=3")
 PATIENCE = 120          # seconds in which torchrun must have brought a job with a killed process to its end
 
 
@@ -50,11 +51,12 @@ def differences(out, other):
 
 def start(out, args):
     """A job: python, or torchrun with several processes, which restarts them up to three times."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}", "--max-restarts=3")
-    line = [sys.executable, *(torchrun if args.processes > 1 else ()), *RUN, "--steps", args.steps, "--out", out]
+    line = [sys.executable, *RUN, "--steps", args.steps, "--out", out, *args.options]
+    if args.processes > 1:
+        line[1:1] = [*TORCHRUN, f"--nproc_per_node={args.processes}"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as log:
-        return subprocess.Popen(list(map(str, [*line, *args.options])), cwd=ROOT, stdout=log, stderr=log,
+        return subprocess.Popen(list(map(str, line)), cwd=ROOT, stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -70,13 +72,13 @@ def finish(job, out, seconds=None):
 
 
 def victims(job, args):
-    """The processes of a job that trains: itself, or torchrun's children, which may not have been started yet."""
-    if args.processes == 1:
-        return [job.pid]
+    """The processes of a job that train, none if it has ended: itself, or torchrun's children, once there are any."""
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    while job.poll() is None and not children.read_text():
+    found = []
+    while job.poll() is None and not found:
+        found = [job.pid] if args.processes == 1 else list(map(int, children.read_text().split()))
         time.sleep(0.01)
-    return [] if job.poll() is not None else [int(number) for number in children.read_text().split()]
+    return found
 
 
 def train_and_kill(out, args, length, draw, most):
@@ -86,8 +88,8 @@ def train_and_kill(out, args, length, draw, most):
     while True:
         job, moment = start(out, args), draw.uniform(0, length)
         time.sleep(moment)
-        alive = victims(job, args) if kills < most and job.poll() is None else []
-        if not alive:                                       # it has ended by itself, or may do so
+        alive = victims(job, args)
+        if not alive or kills == most:
             finish(job, out)
             return kills
         with contextlib.suppress(ProcessLookupError):       # it ends at this moment
@@ -101,8 +103,7 @@ def train_and_kill(out, args, length, draw, most):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--processes", type=int, default=1)
     option("--kills", type=int, default=20)

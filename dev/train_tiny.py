@@ -100,12 +100,13 @@ def captions(labels, rng):
 
 
 # ----------------------------------------------------------------------------------------------------------- training
-def fit(name, modules, loss, args, lr, batch):
-    """Minimise loss(rng, batch) over the modules' parameters, and leave their EMA in them.
+def fit(name, modules, loss, args, lr, batch, combinations=COMBINATIONS):
+    """Minimise loss(images, labels, rng) over the modules' parameters, and leave their EMA in them.
 
     AdamW, warm-up, cosine to zero. Resumes from WORK/NAME.pt (delete it to train anew). The batch of a step depends on
     (seed, step) alone, so an interrupted run ends where an uninterrupted one does."""
     steps, path, start = getattr(args, f"{name}_steps"), args.work / f"{name}.pt", 0
+    train = read_split(args.data, "train")
     params = [p for m in modules for p in m.to(args.device).parameters()]
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -116,7 +117,9 @@ def fit(name, modules, loss, args, lr, batch):
             tensor.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)):
-        value = loss(torch.Generator().manual_seed(args.seed * 10**9 + step), batch)
+        rng = torch.Generator().manual_seed(args.seed * 10**9 + step)
+        images, labels = draw_batch(train, batch, rng, combinations)
+        value = loss(images.to(args.device), labels.to(args.device), rng)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -180,8 +183,7 @@ def make_tokenizer(args):
     parts = [part for word in words if "-" in word for part in word.split("-")]
     merges = learn_merges([*filter(str.isalpha, words), *parts])
     symbols = sorted(chr(VISIBLE.get(byte, byte)) for byte in range(256))
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges),
-                  "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     write_json(args.out / "tokenizer" / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
     write_lines(args.out / "tokenizer" / "merges.txt", ["#version: 0.2", *map(" ".join, merges)])
     write_lines(args.out / "prompts.txt", [text for c in SEEN for text in phrasings(*names(c))])
@@ -192,60 +194,58 @@ def write_lines(path, lines):
 
 
 # ------------------------------------------------------------------------------------------------------ autoencoders
-def vae_loss(vae, train, device, rng, batch):
-    """Reconstruction, and enough KL that the decoder forgives small errors of a latent."""
-    images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(device)
+def sample_latents(vae, images, rng):
+    """Latents of images, their mean and the logarithm of their variance, none of them scaled."""
     mean, logvar = vae.moments(images)
-    latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).to(device)
+    return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).to(mean.device), mean, logvar
+
+
+def vae_loss(vae, images, labels, rng):
+    """Reconstruction, and enough KL that the decoder forgives small errors of a latent."""
+    latents, mean, logvar = sample_latents(vae, images, rng)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error(vae.decode(latents * vae.scale), images) + 1e-3 * kl
 
 
 def train_vae(args):
     """The autoencoder, and the scale that brings its latents to unit variance."""
-    train, config = read_split(args.data, "train"), read_json(TINY / "vae" / "config.json")
+    config = read_json(TINY / "vae" / "config.json")
     del config["scaling_factor"]
     vae = VAE(config)
-    fit("vae", [vae], functools.partial(vae_loss, vae, train, args.device), args, 2e-3, 32)
+    fit("vae", [vae], functools.partial(vae_loss, vae), args, 2e-3, 32)
     with torch.no_grad():
-        images, _ = draw_batch(train, 2000, torch.Generator().manual_seed(0), COMBINATIONS)
+        images, _ = draw_batch(read_split(args.data, "train"), 2000, torch.Generator().manual_seed(0), COMBINATIONS)
         mean, _ = vae.moments(images.to(args.device))
     save(args.out / "vae", vae, config | {"scaling_factor": round(1 / mean.std().item(), 5)})
 
 
-def decoder_loss(small, vae, train, device, rng, batch):
+def decoder_loss(small, vae, images, labels, rng):
     """The VAE's own images of latents, and its own latents of images."""
-    images = draw_batch(train, batch, rng, COMBINATIONS)[0].to(device)
     with torch.no_grad():
-        mean, logvar = vae.moments(images)
-        noise = torch.randn(mean.shape, generator=rng).to(device)
-        latents, mean = vae.scale * (mean + (0.5 * logvar).exp() * noise), vae.scale * mean
-        decoded = vae.decode(latents)
-    return error(small.decode(latents), decoded) + error(small.encode(images), mean)
+        latents, mean, _ = sample_latents(vae, images, rng)
+        decoded = vae.decode(vae.scale * latents)
+    return error(small.decode(vae.scale * latents), decoded) + error(small.encode(images), vae.scale * mean)
 
 
 def train_decoder(args):
     """The small autoencoder of the same latents."""
-    train, config = read_split(args.data, "train"), read_json(TINY / "decoder" / "config.json")
+    config = read_json(TINY / "decoder" / "config.json")
     vae, small = load_module(VAE, args.out / "vae", args.device, torch.float32), TinyVAE(config)
-    fit("decoder", [small], functools.partial(decoder_loss, small, vae, train, args.device), args, 2e-3, 32)
+    fit("decoder", [small], functools.partial(decoder_loss, small, vae), args, 2e-3, 32)
     save(args.out / "decoder", small, config)
 
 
 # ------------------------------------------------------------------------------------------------------------- judge
-def judge_loss(judge, train, device, rng, batch):
+def judge_loss(judge, images, labels, rng):
     """Cross-entropy of garment, colour and background."""
-    images, labels = draw_batch(train, batch, rng, COMBINATIONS)
-    answers = judge.answers(judge(images.to(device)))
-    return sum(F.cross_entropy(a, label) for a, label in zip(answers, labels.to(device).T))
+    return sum(map(F.cross_entropy, judge.answers(judge(images)), labels.T))
 
 
 def train_judge(args):
     """The judge, on all combinations."""
-    train = read_split(args.data, "train")
     config = {"garments": GARMENTS, "colours": list(COLOURS), "held_out": [names(c) for c in sorted(HELD_OUT)]}
     judge = Judge(config)
-    fit("judge", [judge], functools.partial(judge_loss, judge, train, args.device), args, 2e-3, 64)
+    fit("judge", [judge], functools.partial(judge_loss, judge), args, 2e-3, 64)
     save(args.out / "judge", judge, config, "judge.safetensors")
     (args.out / "judge" / "reference.safetensors").unlink(missing_ok=True)              # which another one made
 
@@ -275,14 +275,13 @@ def measure_reference(args):
 
 
 # ----------------------------------------------------------------------------------------------------------- teachers
-def unet_loss(unet, text_encoder, tokenizer, vae, schedule, train, device, rng, batch):
+def unet_loss(unet, text_encoder, tokenizer, vae, schedule, images, labels, rng):
     """Denoising of latents, epsilon prediction."""
-    images, labels = draw_batch(train, batch, rng, SEEN)
     with torch.no_grad():
-        x_0 = vae.encode(images.to(device))
-    t = torch.randint(1, schedule.T + 1, (batch,), generator=rng).to(device)
-    eps = torch.randn(x_0.shape, generator=rng).to(device)
-    text = text_encoder(tokenizer(captions(labels, rng)).to(device))
+        x_0 = vae.encode(images)
+    t = torch.randint(1, schedule.T + 1, (len(x_0),), generator=rng).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
+    text = text_encoder(tokenizer(captions(labels, rng)).to(x_0.device))
     return F.mse_loss(unet(add_noise(x_0, eps, t, schedule), schedule.timestep(t), text), eps)
 
 
@@ -296,23 +295,22 @@ def train_unet(args):
     text_config |= {"vocab_size": len(vocabulary), "bos_token_id": vocabulary["<|startoftext|>"],
                     "eos_token_id": vocabulary["<|endoftext|>"]}
     unet, text_encoder = UNet(config).to(memory_format=torch.channels_last), TextEncoder(text_config)
-    loss = functools.partial(unet_loss, unet, text_encoder, tokenizer, vae, schedule, read_split(args.data, "train"),
-                             args.device)
-    fit("unet", [unet, text_encoder], loss, args, 1e-3, 64)
+    loss = functools.partial(unet_loss, unet, text_encoder, tokenizer, vae, schedule)
+    fit("unet", [unet, text_encoder], loss, args, 1e-3, 64, SEEN)
     save(args.out / "unet", unet, config)
     save(args.out / "text_encoder", text_encoder, text_config, "model.safetensors")
 
 
-def pixel_loss(unet, schedule, train, device, rng, batch):
+def pixel_loss(unet, schedule, x_0, labels, rng):
     """Denoising of pixels: the class is the garment, its colours are left to chance.
 
     It predicts v: at alpha_T = 0.006 an epsilon would have to be exact to 0.1% for the mean colour to come out right.
     """
-    x_0, labels = draw_batch(train, batch, rng, COMBINATIONS)
-    label = torch.where(torch.rand(batch, generator=rng) < 0.1, len(GARMENTS), labels[:, 0]).to(device)
-    u = torch.rand(batch, generator=rng)
-    t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(device)             # texture is most of the work
-    eps, x_0 = torch.randn(x_0.shape, generator=rng).to(device), x_0.to(device)
+    unlabelled = torch.rand(len(x_0), generator=rng).to(x_0.device) < 0.1
+    label = torch.where(unlabelled, len(GARMENTS), labels[:, 0])
+    u = torch.rand(len(x_0), generator=rng)
+    t = (schedule.T * u**1.5).ceil().long().clamp(min=1).to(x_0.device)         # texture is most of the work
+    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
     v = append_dims(schedule.alpha(t), eps) * eps - append_dims(schedule.sigma(t), x_0) * x_0
     return F.mse_loss(unet(add_noise(x_0, eps, t, schedule), schedule.timestep(t), label=label), v)
 
@@ -323,8 +321,7 @@ def train_pixel(args):
     folder, config = args.out / "pixel", read_json(TINY / "pixel" / "unet" / "config.json")
     schedule = Schedule(*read_schedule(read_json(folder / "scheduler" / "scheduler_config.json")))
     unet = UNet(config).to(memory_format=torch.channels_last)
-    loss = functools.partial(pixel_loss, unet, schedule, read_split(args.data, "train"), args.device)
-    fit("pixel", [unet], loss, args, 1e-3, 32)
+    fit("pixel", [unet], functools.partial(pixel_loss, unet, schedule), args, 1e-3, 32)
     save(folder / "unet", unet, config)
 
 
@@ -343,13 +340,11 @@ STEPS = {"vae": 6000, "decoder": 12_000, "judge": 5000, "unet": 6000, "pixel": 2
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
     option("--out", type=Path, default=TINY, help="the teacher's folder")
-    option("--work", type=Path, default=Path("runs/train_tiny"),
-           help="checkpoints; delete a stage's .pt to train it anew")
+    option("--work", type=Path, default=Path("runs/train_tiny"), help="where each stage's .pt is, to resume from")
     option("--stages", nargs="+", choices=list(STAGES), default=[name for name in STAGES if name != "student"])
     for name, steps in STEPS.items():
         option(f"--{name}-steps", type=int, default=steps)
