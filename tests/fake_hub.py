@@ -1,4 +1,4 @@
-"""A hub on this machine: downloads with faults, and uploads whose files go into the commit itself."""
+"""A hub on this machine: downloads, faults, and uploads whose files go into the commit itself."""
 
 import base64
 import functools
@@ -13,7 +13,7 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: {"owner/name": folder}. fail: {part of a path: status, "gated" or "cut"}. seen: (method, path, range).
+    """repos: {"owner/name": folder}. fail: {part of a path: status, or "gated"}. seen: (method, path) of all requests.
     files: {path: bytes} of the commits that were pushed. visibility: of the repositories that were created."""
 
     @classmethod
@@ -46,72 +46,54 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def error(self, status, code):
-        self.answer(status, X_Error_Code=code, X_Error_Message=code)
-
-    def fault(self, path):
-        """What is wrong with this request, if anything: then a status has been answered, unless it is "cut"."""
-        hub = self.server
-        hub.seen.append((self.command, path, self.headers.get("Range")))
-        fault = next((fault for part, fault in hub.fail.items() if part in path), None)
-        if fault == "gated":
-            self.error(403, "GatedRepo")
-        elif isinstance(fault, int):
-            self.answer(fault)
-        return fault
+    def is_refused(self, path):
+        """Whether this request fails, which has been answered then."""
+        self.server.seen.append((self.command, path))
+        fault = next((fault for part, fault in self.server.fail.items() if part in path), None)
+        if fault:
+            self.answer(403 if fault == "gated" else fault, X_Error_Code="GatedRepo" if fault == "gated" else "Fault")
+        return fault is not None
 
     def do_GET(self):
         hub, path = self.server, unquote(urlparse(self.path).path)
-        if (fault := self.fault(path)) not in (None, "cut"):
+        if self.is_refused(path):
             return
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo, revision = (api[1], api[3]) if api else (file[1], file[2]) if file else (None, None)
         if repo not in hub.repos:
-            return self.error(401, "RepoNotFound")          # the hub hides what is private: 401, not 404
+            return self.answer(401, X_Error_Code="RepoNotFound")            # the hub hides what is private: not 404
         if revision not in (None, "main", "v1", COMMIT):
-            return self.error(404, "RevisionNotFound")
+            return self.answer(404, X_Error_Code="RevisionNotFound")
         folder = hub.repos[repo]
         if api:
             names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
             tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in names]
             info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-            self.answer(200, tree if api[2] == "tree" else info, Content_Type="application/json")
-        elif (folder / file[3]).is_file():
-            self.send_file(folder / file[3], cut=fault == "cut")
-        else:
-            self.error(404, "EntryNotFound")
+            return self.answer(200, tree if api[2] == "tree" else info, Content_Type="application/json")
+        if not (folder / file[3]).is_file():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body = (folder / file[3]).read_bytes()
+        self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
-    def send_file(self, path, cut):
-        """The file, from where the client wants it; cut: half of it, and the line goes dead."""
-        body = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
-        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
-        if self.command == "GET" and cut and start == 0:
-            self.close_connection = True
-            return self.answer(200, body[:len(body) // 2], Content_Length=len(body))
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206 if start else 200, body[start:], **headers)
-
     def do_POST(self):
         hub, lines = self.server, [json.loads(line) for line in self.body().splitlines()]
-        if self.fault(self.path) is not None:
+        if self.is_refused(self.path):
             return
+        answer = {}                                         # the card's front matter is asked about
         if self.path == "/api/repos/create":
             hub.visibility.append(lines[0].get("visibility"))
-            self.answer(200, {"url": f"http://127.0.0.1/{lines[0]['organization']}/{lines[0]['name']}"})
+            answer = {"url": f"http://127.0.0.1/{lines[0]['organization']}/{lines[0]['name']}"}
         elif "/preupload/" in self.path:
-            self.answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                        for file in lines[0]["files"]]})
+            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for file in lines[0]["files"]]}
         elif "/commit/" in self.path:
             hub.files |= {line["value"]["path"]: base64.b64decode(line["value"]["content"])
                           for line in lines if line["key"] == "file"}
-            self.answer(200, {"commitUrl": "http://127.0.0.1/me/boot/commit/c", "commitOid": COMMIT})
-        else:
-            self.answer(200, {})                            # the card's front matter is asked about
+            answer = {"commitUrl": "http://127.0.0.1/me/boot/commit/c", "commitOid": COMMIT}
+        self.answer(200, answer, Content_Type="application/json")
 
     def body(self):
         """The request's, which may come in chunks."""

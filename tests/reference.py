@@ -21,7 +21,7 @@ SAME, REFUSED = "the same", "refused"
 
 def run_unet(theirs, size=None):
     """The outputs of their U-Net, and a function that computes ours from the same inputs."""
-    size = size or [2 ** (len(theirs.config.block_out_channels) - 1)] * 2
+    size = size or [2 ** len(theirs.config.block_out_channels)] * 2         # 2x2 in the middle
     x, t = torch.randn(3, theirs.config.in_channels, *size), torch.tensor([0, 400, 999])
     inputs, names = {}, {"text": "encoder_hidden_states", "guidance": "timestep_cond"}
     if "cross_attention_dim" in inspect.signature(type(theirs)).parameters:

@@ -14,97 +14,28 @@ import pytest
 import torch
 
 from conftest import CHECKPOINTS, COSINE, DDPM, SD, TINY, ZERO_SNR
-from plumbing.configs import Number, check, read_config, read_schedule
+from plumbing.configs import (PIXEL_UNET, SCHEDULE, TEXT_CONFIG, TEXT_UNET, TINY_VAE_CONFIG, VAE_CONFIG, Number, check,
+                              read_config, read_schedule)
 from plumbing.files import read_json
 from reference import REFUSED, SAME, diffusers, outcome, transformers
 from signal_ode import Schedule
 
-SEED, DRAWS = 2306, 2                           # so many values of another type are drawn for each key
+SEED, DRAWS = 2306, 5                           # so many values of other types are drawn for each key
 REMOVED = type("Removed", (), {"__repr__": lambda self: "removed"})()
 PIXEL, TEXT = ["ddpm-256", "ddpm-cifar10-32", "ddpm-butterflies-128"], ["sd15", "sd21-base", "sd21-768-v"]
-DOWN, UP = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-
-EVERY_UNET = {
-    "_class_name": ["UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "x"],
-    "act_fn": ["swish", "gelu", "mish", "relu", "SiLU"], "add_attention": [False], "addition_embed_type": ["text"],
-    "addition_embed_type_num_heads": [8], "attention_type": ["default", "gated", "gated-text-image"],
-    "attn_norm_num_groups": [4, 8], "center_input_sample": [True], "class_embed_type": [
-        "timestep", "identity", "projection", "simple_projection"],
-    "class_embeddings_concat": [True], "conv_in_kernel": [1, 5], "conv_out_kernel": [1, 5],
-    "cross_attention_norm": ["layer_norm", "group_norm"], "downsample_padding": [0, 1, 2],
-    "downsample_type": ["conv", "resnet"], "dropout": [0.0, 0.1], "dual_cross_attention": [True],
-    "encoder_hid_dim": [16], "encoder_hid_dim_type": ["text_proj"], "flip_sin_to_cos": [True, False],
-    "freq_shift": [0, 1], "in_channels": [5], "layers_per_block": [1, 3, [1] * 4, [1, 2, 1, 1]],
-    "mid_block_only_cross_attention": [True, False], "mid_block_scale_factor": [1, 1.0, 2, 0.5], "mid_block_type": [
-        "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"],
-    "norm_eps": [1e-3, 1e-6], "norm_num_groups": [4, 3, 5], "num_attention_heads": [2, 4, [2, 4, 4, 4]],
-    "num_class_embeds": [7], "num_train_timesteps": [500], "only_cross_attention": [
-        True, [False] * 4, [True, False, False, False]],
-    "out_channels": [3, 5, 8], "projection_class_embeddings_input_dim": [32], "resnet_out_scale_factor": [1, 1.5],
-    "resnet_pre_norm": [False], "resnet_skip_time_act": [True], "resnet_time_scale_shift": [
-        "default", "scale_shift", "ada_group", "spatial"],
-    "reverse_transformer_layers_per_block": [[1] * 4, [1, 2, 1, 1], 2], "sample_size": [8, 64, [32, 32], [16, 32]],
-    "time_cond_proj_dim": [256, 10], "time_embedding_act_fn": ["silu", "gelu"], "time_embedding_dim": [160, 64],
-    "time_embedding_type": ["positional", "fourier", "learned"], "timestep_post_act": ["silu", "gelu"],
-    "transformer_layers_per_block": [2, [1] * 4, [1, 2, 1, 1], [[1], [2], [1], [1]]], "upcast_attention": [True],
-    "upsample_type": ["conv", "resnet"], "use_linear_projection": [True, False]}
-TEXT_UNET = EVERY_UNET | {
-    "attention_head_dim": [4, 3, 16, [2, 4, 4, 8], [5, 5, 5, 5], [8, 8]],
-    "block_out_channels": [[40, 80], [40, 80, 160], [40, 40, 40, 40], [40, 80, 160, 161]], "cross_attention_dim": [
-        24, [32] * 4, [32, 24, 32, 32]],
-    "down_block_types": [DOWN[:3], DOWN[:1] * 4, DOWN[3:] * 4, [*DOWN[:3], "AttnDownBlock2D"],
-                         ["SimpleCrossAttnDownBlock2D", *DOWN[1:]], [*DOWN[:3], "ResnetDownsampleBlock2D"]],
-    "up_block_types": [UP[1:], UP[1:2] * 4, UP[:1] * 4, ["AttnUpBlock2D", *UP[1:]], UP[::-1],
-                       [*UP[:3], "SimpleCrossAttnUpBlock2D"], ["ResnetUpsampleBlock2D", *UP[1:]]]}
-PIXEL_UNET = EVERY_UNET | {
-    "attention_head_dim": [4, 3, 16, 64, [8] * 4], "block_out_channels": [[16, 32], [16, 32, 32, 33], [16] * 6],
-    "cross_attention_dim": [32], "down_block_types": [
-        ["DownBlock2D"] * 4, ["DownBlock2D"] * 6, ["AttnDownBlock2D"] * 6, ["SkipDownBlock2D"] * 6,
-        ["CrossAttnDownBlock2D"] * 6, ["ResnetDownsampleBlock2D"] * 6],
-    "up_block_types": [["UpBlock2D"] * 4, ["UpBlock2D"] * 6, ["AttnUpBlock2D"] * 6, ["ResnetUpsampleBlock2D"] * 6]}
-AUTOENCODER = {
-    "_class_name": ["AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "x"],
-    "act_fn": ["swish", "gelu", "mish", "relu"], "block_out_channels": [[16, 32], [16] * 4, [16, 32, 64, 65]],
-    "down_block_types": [["DownEncoderBlock2D"] * 3, ["AttnDownEncoderBlock2D"] * 4, ["DownBlock2D"] * 4],
-    "force_upcast": [True, False], "in_channels": [1, 4], "latent_channels": [3, 16], "latents_mean": [[0.0] * 4],
-    "latents_std": [[1.0] * 4], "layers_per_block": [1, 3, [2] * 4], "mid_block_add_attention": [True, False],
-    "norm_num_groups": [4, 3], "out_channels": [1, 4], "sample_size": [8, [32, 32]],
-    "scaling_factor": [0.5, 0.13025, 1], "shift_factor": [0.0, 0.1], "use_post_quant_conv": [True, False],
-    "up_block_types": [["UpDecoderBlock2D"] * 3, ["AttnUpDecoderBlock2D"] * 4], "use_quant_conv": [True, False]}
-DECODER = {
-    "_class_name": ["AutoencoderKL", "x"], "act_fn": ["gelu", "silu"],
-    "decoder_block_out_channels": [[8] * 3, [16] * 4], "encoder_block_out_channels": [[8] * 3, [8, 16, 16]],
-    "num_decoder_blocks": [[1, 1, 1], [1] * 4],
-    "num_encoder_blocks": [[2, 1, 1], [1] * 2], "latent_channels": [3, 16], "in_channels": [1], "out_channels": [1],
-    "scaling_factor": [0.5], "shift_factor": [0.1], "upsample_fn": ["bilinear"], "upsampling_scaling_factor": [1, 3]}
-CLIP = {
-    "attention_dropout": [0.1], "eos_token_id": [499], "hidden_act": [
-        "quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"],
-    "hidden_size": [64, 33], "intermediate_size": [32, 96], "layer_norm_eps": [1e-3, 1e-12],
-    "max_position_embeddings": [32, 248], "num_attention_heads": [2, 3, 8], "num_hidden_layers": [1, 3],
-    "use_attention_mask": [True, False], "vocab_size": [300]}
-SCHEDULER = {
-    "_class_name": [
-        "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
-        "LCMScheduler", "UniPCMultistepScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler",
-        "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler", "x"],
-    "beta_start": [1e-3, 0.5], "beta_end": [0.01, 0.5], "beta_schedule": [
-        "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace"],
-    "clip_sample": [True, False], "clip_sample_range": [2.0], "num_train_timesteps": [1, 2, 500, 4000],
-    "prediction_type": ["epsilon", "sample", "v_prediction", "flow_prediction"],
-    "rescale_betas_zero_snr": [True, False], "thresholding": [True, False], "timestep_spacing": ["trailing"],
-    "trained_betas": [[0.02] * 1000, [0.02] * 10, [0.0] * 1000, [2.0] * 1000], "use_karras_sigmas": [True],
-    "variance_type": ["fixed_large", "learned_range"], "algorithm_type": ["dpmsolver++"], "solver_order": [3]}
 UNSEEN = {                                      # no output depends on it: the reference may be stricter about its type
-    "unet": ["dropout"],                        # a frozen teacher has none
-    "vae": ["sample_size"],                     # it matters to tiles only
-    "decoder": ["force_upcast", "latent_magnitude", "latent_shift"],        # they matter to its own forward only
-    "text_encoder": [                           # random weights, training, the other outputs, and the library's own
-        "attention_dropout", "dropout", "initializer_factor", "initializer_range", "bos_token_id", "eos_token_id",
-        "pad_token_id", "projection_dim", "output_hidden_states", "return_dict", "dtype", "torch_dtype", "id2label",
-        "label2id", "problem_type", "architectures", "model_type", "chunk_size_feed_forward", "is_encoder_decoder",
-        "transformers_version"],
-    "scheduler": []}
+    "dropout", "attention_dropout",             # a frozen teacher has none
+    "sample_size",                              # of a VAE, it matters to tiles only
+    "force_upcast", "latent_magnitude", "latent_shift",             # they matter to a small VAE's own forward only
+    # Of a text encoder: random weights, training, the other outputs, and the library's own
+    "initializer_factor", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
+    "output_hidden_states", "return_dict", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
+    "architectures", "model_type", "chunk_size_feed_forward", "is_encoder_decoder", "transformers_version"}
+# What the reference knows, beyond what our tables list
+BETAS = {"beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace"],
+         "trained_betas": [[0.02] * 1000, [0.02] * 10, [0.0] * 1000, [2.0] * 1000], "beta_end": [0.01, 0.5],
+         "prediction_type": ["flow_prediction"], "thresholding": [True], "variance_type": ["learned_range"],
+         "_class_name": ["LCMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"]}
 
 
 # ----------------------------------------------------------------------------------------------------- the validator
@@ -206,7 +137,8 @@ def outcome_of(part, base, key, value):
         if isinstance(error, KeyError):
             return value is REMOVED and error.args == (key,)
         return named(str(error), config, key)
-    return outcome(part, config, refusal, unseen=key in UNSEEN[part])
+    whole = type(base.get(key)) is float and type(value) is int             # to which the reference may say no
+    return outcome(part, config, refusal, unseen=whole or key in UNSEEN or key == "_class_name")
 
 
 def parameters(*classes):
@@ -215,33 +147,42 @@ def parameters(*classes):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def generic(value, levels):
-    """Values of other types and sizes than a key's."""
-    numbers = [float(value), 2 * value] if type(value) in (int, float) else []
-    return [None, True, False, "x", 0, -1, 1.5, 2.0, [], {}, [value], [value] * levels, *numbers]
-
-
 UNETS = parameters(diffusers.UNet2DModel, diffusers.UNet2DConditionModel)       # a key of one can stray into the other
-KINDS = {                                                   # part, published configs, known keys, values to try
+SCHEDULERS = parameters(diffusers.DDIMScheduler, diffusers.DDPMScheduler)
+KINDS = {                                                   # part, published configs, known keys, our table
     "text_unet": ("unet", TEXT, UNETS, TEXT_UNET), "pixel_unet": ("unet", PIXEL, UNETS, PIXEL_UNET),
-    "vae": ("vae", TEXT, parameters(diffusers.AutoencoderKL), AUTOENCODER),
-    "decoder": ("decoder", ["tiny", "taesd"], parameters(diffusers.AutoencoderTiny), DECODER),
-    "text_encoder": ("text_encoder", TEXT, parameters(transformers.CLIPTextConfig), CLIP),
-    "scheduler": ("scheduler", TEXT + PIXEL, parameters(diffusers.DDIMScheduler, diffusers.DDPMScheduler), SCHEDULER)}
+    "vae": ("vae", TEXT, parameters(diffusers.AutoencoderKL), VAE_CONFIG),
+    "decoder": ("decoder", ["tiny", "taesd"], parameters(diffusers.AutoencoderTiny), TINY_VAE_CONFIG),
+    "text_encoder": ("text_encoder", TEXT, parameters(transformers.CLIPTextConfig), TEXT_CONFIG),
+    "scheduler": ("scheduler", TEXT + PIXEL, SCHEDULERS, SCHEDULE)}
+
+
+def values(key, base, known, table, rng):
+    """What to try for a key: all that its table lists, its opposite, and DRAWS of other types, sizes and orders."""
+    value, levels = base.get(key, known.get(key)), len(base.get("block_out_channels", "ab"))
+    tried = [good for good in table.get(key, []) if good is not ... and not isinstance(good, Number)]
+    others = [None, True, False, "x", 0, -1, 1, 2, 3, 5, 8, 64, 256, 1e-6, 0.5, 1.5, 2.0, [], {}, [value],
+              [value] * levels] + [REMOVED] * (key in base)
+    if isinstance(value, list):
+        tried = [[item] * len(value) for item in tried] + [[item, *value[1:]] for item in tried]
+        others += [value[::-1], value[1:], [*value, value[-1]], [value[0]] * len(value), [item * 2 for item in value]]
+    elif isinstance(value, str):
+        tried.append("x")
+    elif value is None or isinstance(value, bool):
+        tried.append(not value)
+    elif type(value) in (int, float):
+        tried.append(2 * value)
+        others += [float(value), [value, *[2 * value] * (levels - 1)]]
+    return tried + BETAS.get(key, []) * (table is SCHEDULE) + rng.sample(others, DRAWS)
 
 
 def changes(kind):
-    """The (config's name, key, value) of a kind: all values to try, and DRAWS of another type for each key. Each is
-    for one published config, drawn by the seed; a schedule costs so little that what is tried is for all."""
-    part, names, known, tried = KINDS[kind]
+    """The (config's name, key, value) of a kind, each for one published config that is drawn by the seed."""
+    part, names, known, table = KINDS[kind]
     bases, rng, found = {name: small(name, part) for name in names}, random.Random(f"{SEED} {kind}"), []
-    for key in sorted({*known, *tried}.union(*bases.values())):
-        for value in tried.get(key, []):
-            found += [(name, key, value) for name in (names if part == "scheduler" else [rng.choice(names)])]
-        for name in rng.sample(names, 0 if key.startswith("_") else DRAWS):
-            base = bases[name]
-            others = generic(base.get(key, known.get(key)), len(base.get("block_out_channels", "ab")))
-            found.append((name, key, rng.choice(others + [REMOVED] * (key in base))))
+    for key in sorted({*known, *table}.union(*bases.values())):
+        name = rng.choice(names)
+        found += [(name, key, value) for value in values(key, bases[name], known, table, rng)]
     return found
 
 

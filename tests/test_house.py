@@ -1,46 +1,141 @@
-"""The house: imports go one way, the mathematics knows no network, and a network's index stands in one place."""
+"""The house: what stands where, who imports whom, and how much of it a reader meets.
+
+- Seven files stand at the top; imports go one way; the mathematics needs torch alone; the product needs eight packages.
+- The budgets: lines of code, train.py and its loop, README; no line is longer than 120 characters.
+- Only Schedule.timestep knows that an index is one less than a time.
+- Every command of tools/ and dev/ says how it is run.
+"""
 
 import ast
+import io
 import re
+import sys
+import tokenize
 
 import pytest
 
 from conftest import ROOT
 
-BASE = {"signal_ode", "model", "tokenizer", "checkpoint"}
-MAY_IMPORT = {**{name: set() for name in sorted(BASE)}, "matching": {"signal_ode"}, "teacher": BASE,
-              "student": BASE | {"teacher"}, "run": BASE | {"teacher", "student"},
-              "plan": BASE | {"matching", "teacher", "student", "run"},
-              "train": BASE | {"matching", "teacher", "student", "run", "plan"},
-              "sample": BASE | {"teacher", "student"}}
+TOP = ["signal_ode", "matching", "model", "teacher", "student", "train", "sample"]
+# Of ours: what each file, or each file of a folder, may import
+MAY_IMPORT = {
+    "signal_ode": [], "matching": ["signal_ode"], "model": ["plumbing.configs"],
+    "teacher": ["signal_ode", "model", "plumbing"], "student": ["signal_ode", "model", "teacher", "plumbing"],
+    "train": ["signal_ode", "matching", "student", "teacher", "plumbing"],
+    "sample": ["signal_ode", "student", "teacher", "plumbing"], "plumbing": ["plumbing"],
+    "tools": [*TOP, "plumbing", "tools"], "lab": [*TOP, "plumbing", "tools", "lab"],
+    "dev": [*TOP, "plumbing", "tools", "dev"]}
+PACKAGES = {"torch", "numpy", "einops", "safetensors", "huggingface_hub", "tqdm", "PIL"}
+NOT_OF_TRAIN = {"rank", "world", "lock", "disk", "scaler", "json"}
+
+
+def files(*names):
+    """The files of the repository that these names of folders and modules stand for."""
+    return [path for name in names for path in ([ROOT / f"{name}.py"] if name in TOP else (ROOT / name).glob("*.py"))]
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(path):
-    """The first part of the name of every module that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The names of all modules that a file imports, wherever it does."""
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            yield node.module
 
 
-def test_every_product_file_has_its_place():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
+def code_lines(*paths):
+    """How many lines of code files have, without blank lines, comments and docstrings."""
+    total, prose = 0, (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                       tokenize.ENDMARKER)
+    for path in paths:
+        code, docstrings = set(), set()
+        for node in ast.walk(tree(path)):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and ast.get_docstring(node):
+                docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+            if token.type not in prose:
+                code |= set(range(token.start[0], token.end[0] + 1))
+        total += len(code - docstrings)
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------- who is where
+def test_seven_files_stand_at_the_top():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(TOP)
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_go_one_way(name):
-    ours = {*MAY_IMPORT, "tools", "tests"}
-    assert set(imported(ROOT / f"{name}.py")) & ours <= MAY_IMPORT[name]
+    ours = {*TOP, "plumbing", "tools", "lab", "dev", "tests"}
+    for path in files(name):
+        for module in imported(path):
+            allowed = any(f"{module}.".startswith(f"{good}.") for good in MAY_IMPORT[name])
+            assert allowed or module.split(".")[0] not in ours, f"{path.name} imports {module}"
 
 
 def test_the_mathematics_needs_torch_alone():
-    assert set(imported(ROOT / "signal_ode.py")) == {"math", "torch"}
-    assert set(imported(ROOT / "matching.py")) == {"signal_ode", "torch"}
+    assert {*imported(ROOT / "signal_ode.py"), *imported(ROOT / "matching.py")} == {"torch", "signal_ode"}
+
+
+def test_the_product_needs_its_packages_alone():
+    """Not the reference libraries. Only the curves of a log are drawn by another one."""
+    for path in files(*TOP, "plumbing", "tools"):
+        names = {module.split(".")[0] for module in imported(path)}
+        others = names - PACKAGES - sys.stdlib_module_names - {*TOP, "plumbing", "tools"}
+        assert others <= ({"matplotlib"} if path.name == "curves.py" else set()), path
+    named = set(re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    assert named == {*PACKAGES - {"PIL", "huggingface_hub"}, "pillow", "huggingface-hub", "pytest"}
 
 
 def test_only_the_schedule_knows_that_an_index_is_one_less_than_a_time():
-    lines = [line.strip() for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"))
-             for line in path.read_text(encoding="utf-8").splitlines()
-             if re.search(r"\b(t|i|s|T|time|index) - 1\b", line) and not line.strip().startswith(("#", '"'))]
-    assert lines == ["return t - 1"]
+    found = [f"{path.name}: {ast.unparse(node)}" for path in files(*TOP, "plumbing", "tools", "lab", "dev")
+             for node in ast.walk(tree(path)) if isinstance(node, ast.BinOp)
+             and re.fullmatch(r"(t|i|s|T|time|tau|index) - 1", ast.unparse(node))]
+    assert found == ["signal_ode.py: t - 1", "run.py: t - 1"]           # run.py: the times 1..T fall into bins
+
+
+# --------------------------------------------------------------------------------------------------------- the budgets
+@pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2400), (["tools"], 1300), (["train"], 240)])
+def test_lines_of_code_keep_within_their_budget(names, most):
+    assert code_lines(*files(*names)) <= most
+
+
+def test_no_line_is_longer_than_120_characters():
+    long = [f"{path.relative_to(ROOT)}:{number}" for path in files(*TOP, "plumbing", "tools", "lab", "dev", "tests")
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not long
+
+
+def test_train_is_the_method_and_its_loop_is_read_in_one_go():
+    path = ROOT / "train.py"
+    nodes = list(ast.walk(tree(path)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        assert function.end_lineno - function.lineno < 120, function.name
+        assert sum(isinstance(node, ast.FunctionDef) for node in ast.walk(function)) == 1, f"nested in {function.name}"
+    [loop] = [node for node in nodes if isinstance(node, ast.For) and ast.unparse(node.iter) == "run.steps()"]
+    assert loop.end_lineno - loop.lineno < 90
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "option"]
+    options = [call.args[0].value for call in calls]
+    assert "--teacher" in options and len(options) <= 26
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    words = {word for token in tokens if token.type == tokenize.NAME for word in token.string.lower().split("_")}
+    assert not words & NOT_OF_TRAIN
+
+
+def test_readme_is_one_that_a_person_finishes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+@pytest.mark.parametrize("name", [
+    f"{path.parent.name}.{path.stem}" for path in files("tools", "dev") if "\ndef main(" in path.read_text("utf-8")])
+def test_every_command_says_how_it_is_run(call, name):
+    code, said, error = call(name, "--help")
+    assert code == 0 and f"python -m {name} " in said, error

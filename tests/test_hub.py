@@ -1,14 +1,13 @@
 """Teachers from a hub, which is a server on 127.0.0.1 that speaks the hub's protocol, and what may stand for one.
 
 - A hub teacher is the teacher; only its files are fetched, once; the cache serves when the hub does not.
-- A broken transfer goes on where it broke off; whatever else fails is one sentence.
+- Whatever fails is one sentence.
 - A named teacher tries its mirrors, and its weights are the published ones by the sha256 that the hub states.
 - Names, folders, hub ids and addresses are understood; what can be none of them is one sentence.
 """
 
 import errno
 import hashlib
-import json
 import re
 import shutil
 
@@ -18,28 +17,39 @@ import pytest
 import plumbing.hub
 from conftest import TINY, edit
 from plumbing.files import BadInput
-from plumbing.hub import is_embedded, last_name, resolve
-from plumbing.weights import WEIGHTS
+from plumbing.hub import is_embedded, last_name, needed, resolve
+from plumbing.weights import STEM, WEIGHTS
 from student import load_student
 from teacher import load_teacher
 
 
 def downloads(hub):
-    """(path in its repository, range) of every file that was asked for."""
-    return [(path.split("/resolve/")[1].split("/", 1)[1], span) for method, path, span in hub.seen
-            if method == "GET" and "/resolve/" in path]
+    """The files that were asked for, by their paths in a repository."""
+    return {path.split("/resolve/")[1].split("/", 1)[1] for method, path in hub.seen
+            if method == "GET" and "/resolve/" in path}
 
 
 # ------------------------------------------------------------------------------------------------- what is fetched
 def test_hub_teacher_is_the_teacher_and_only_its_files_are_fetched(hub, tiny, call, tmp_path):
     assert load_teacher("somebody/tiny").fingerprint == tiny.fingerprint
-    fetched = {name for name, _ in downloads(hub)}
+    fetched = downloads(hub)
     assert f"unet/{WEIGHTS}" in fetched and "tokenizer/merges.txt" in fetched
     assert not any(name.endswith((".bin", ".md", ".png")) or name.startswith("v1-5") for name in fetched)
     hub.seen.clear()
     code, said, error = call("train", "--teacher", "somebody/tiny", "--out", tmp_path / "run", "--dry-run")
     assert code == 0 and "somebody/tiny -> " in said, error
     assert hub.seen and not downloads(hub)                  # from the cache
+
+
+def test_files_of_every_layout_are_needed_and_no_others():
+    """Tokenizers of old and new libraries, shards, fp16, a student, and what tells a model of latents."""
+    small = ["model_index.json", "tokenizer/vocab.json", "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
+             "vqvae/config.json", "student/student.json", "prompts.txt"]
+    weights = [f"unet/{STEM}-00001-of-00002.safetensors", f"unet/{STEM}-00002-of-00002.safetensors",
+               f"vae/{STEM}.fp16.safetensors", "text_encoder/model.safetensors", f"student/{WEIGHTS}"]
+    others = ["v1-5.safetensors", f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors", "README.md", "a/b/config.json",
+              "text_encoder/model.fp16.safetensors", "safety_checker/model.safetensors", f"vqvae/{WEIGHTS}"]
+    assert set(needed(small + weights + others)) == {*small, *weights}
 
 
 def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):
@@ -53,22 +63,20 @@ def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):
         load_teacher("somebody/tiny")                       # another revision, never fetched
 
 
-def test_broken_transfer_goes_on_where_it_broke_off(hub, tiny, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)      # what is kept of a broken transfer
-    hub.fail[f"unet/{WEIGHTS}"] = "cut"
-    assert load_teacher("somebody/tiny").fingerprint == tiny.fingerprint
-    begun = [span for name, span in downloads(hub) if name == f"unet/{WEIGHTS}"]
-    assert begun[0] is None and int(begun[1].removeprefix("bytes=").removesuffix("-")) > 2**20
-
-
 @pytest.mark.parametrize("spec, fail, message", [
     ("somebody/else", {}, "does not exist, or is private"),
     ("somebody/tiny@v2", {}, "has no such revision"),
     ("somebody/tiny", {"/api/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
     ("somebody/tiny", {"/resolve/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
-    ("somebody/tiny", {f"unet/{WEIGHTS}": 500}, "can't be had .*500.*give the same command again")])
-def test_what_fails_at_the_hub_is_one_sentence(hub, spec, fail, message):
+    ("somebody/tiny", {f"unet/{WEIGHTS}": 500}, "can't be had .*500.*give the same command again"),
+    ("somebody/pickled", {}, "only pickled weights.*convert them once"),
+    ("somebody/empty", {}, "has no weights in safetensors")])
+def test_what_fails_at_the_hub_is_one_sentence(hub, tmp_path, spec, fail, message):
     hub.fail.update(fail)
+    for name in ("pickled", "empty"):
+        hub.repos[f"somebody/{name}"] = tmp_path / name
+        edit(tmp_path / name / "model_index.json")
+    (tmp_path / "pickled" / f"{STEM}.bin").touch()
     with pytest.raises(BadInput, match=message) as caught:
         load_teacher(spec)
     assert "\n" not in str(caught.value)
@@ -80,46 +88,6 @@ def test_full_disk_is_named(hub, monkeypatch):
     monkeypatch.setattr(plumbing.hub, "snapshot_download", full)
     with pytest.raises(BadInput, match="somebody/tiny does not fit on this disk: make room, or set HF_HOME"):
         load_teacher("somebody/tiny")
-
-
-@pytest.mark.parametrize("ends, message", [
-    ([".safetensors"], "only pickled weights.*convert them once"), ([".safetensors", ".bin"], "no weights in safeten")])
-def test_repository_without_safetensors_is_refused(hub, ends, message):
-    for path in hub.repos["somebody/tiny"].rglob("*"):
-        if path.suffix in ends:
-            path.unlink()
-    with pytest.raises(BadInput, match=message):
-        load_teacher("somebody/tiny")
-
-
-def test_tokenizers_of_every_layout_are_fetched(hub, tiny):
-    """Added tokens; and tokenizer.json without the two older files, as transformers 5 writes it."""
-    folder = hub.repos["somebody/tiny"] / "tokenizer"
-    edit(folder / "added_tokens.json", **{"<cat-toy>": len(tiny.tokenizer.vocab)})
-    with pytest.raises(BadInput, match="vocab_size = .* is not supported"):
-        load_teacher("somebody/tiny")
-    vocab = json.loads((folder / "vocab.json").read_text())
-    merges = (folder / "merges.txt").read_text().splitlines()[1:]
-    for name in ("added_tokens.json", "vocab.json", "merges.txt"):
-        (folder / name).unlink()
-    edit(folder / "tokenizer.json", model={"vocab": vocab, "merges": merges}, added_tokens=[])
-    hub.repos["else/tiny"] = hub.repos["somebody/tiny"]
-    assert load_teacher("else/tiny").tokenizer.vocab == tiny.tokenizer.vocab
-
-
-@pytest.mark.parametrize("index", [
-    {"unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}, None])
-def test_a_model_of_latents_does_not_pass_as_one_of_pixels(hub, tmp_path, index):
-    """Not even where no model_index.json says what it is."""
-    folder = shutil.copytree(TINY / "pixel", tmp_path / "latent")
-    edit(folder / "vqvae" / "config.json")
-    (folder / "model_index.json").unlink(missing_ok=True)
-    if index:
-        edit(folder / "model_index.json", **index)
-    hub.repos["somebody/latent"] = folder
-    for spec in (folder, "somebody/latent"):
-        with pytest.raises(BadInput, match="vqvae = .* is not supported" if index else "on latents is not supported"):
-            load_teacher(spec)
 
 
 # -------------------------------------------------------------------------------------------------- named teachers
@@ -167,7 +135,7 @@ def test_published_weights_are_told_by_the_name_that_the_cache_gives_them(hub, n
     assert not (load_teacher("sd21").folder / "unet" / WEIGHTS).is_symlink()
 
 
-# ------------------------------------------------------------------------------------------ what may stand for a teacher
+# ----------------------------------------------------------------------------------------- what may stand for a teacher
 @pytest.fixture
 def asked(monkeypatch):
     """The (repository, revision) that the hub is asked for, which is always the embedded teacher."""
@@ -201,7 +169,7 @@ def test_names_and_folders_with_and_without_slashes(tmp_path, monkeypatch, asked
     ("v1-5.safetensors", "is one file, not a folder.*from_single_file"),
     ("https://huggingface.co/a/b/blob/main/x.safetensors", "is one file, not a folder.*from_single_file")])
 def test_what_can_be_no_teacher_is_one_sentence(call, tmp_path, asked, spec, message):
-    for line in (["train", "--teacher", spec, "--out", tmp_path / "run"], ["sample", "--prompt", "x", "--student", spec]):
+    for line in (["train", "--teacher", spec, "--out", tmp_path], ["sample", "--prompt", "x", "--student", spec]):
         code, _, error = call(*line)
         assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
     assert not asked

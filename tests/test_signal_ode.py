@@ -1,6 +1,6 @@
 """The paper's mathematics on a Gaussian data distribution, whose denoiser and trajectories have closed forms.
 
-- A schedule preserves variance, is clean at t = 0, ends at the published noise and takes any betas; its grid is trailing.
+- A schedule preserves variance, is clean at t = 0, ends at the published noise, takes any betas; its grid is trailing.
 - y_t is the signal part of x_t, in every parametrisation of the network's output.
 - DDIM's step, and Heun's, converge to the closed form at their orders, in x and in y.
 - The Signal-ODE is dy/dt = -lam'(t) (f - y); its trajectory is DDIM's at every step, also where alpha_T = 0.
@@ -16,7 +16,7 @@ import torch
 
 from conftest import COSINE, DDPM, SD, ZERO_SNR, gaussian_denoiser, new_schedule
 from signal_ode import (Schedule, add_noise, append_dims, boot_losses, bootstrap_loss, boundary_loss, cfg,
-                        clean_prediction, contraction, ddim_step, signal, signal_step, solve, student_signal)
+                        clean_prediction, contraction, signal, signal_step, solve, student_signal)
 
 MU, S = 0.7, 0.4                                            # the data: N(MU, S**2), every element
 
@@ -63,14 +63,10 @@ def test_schedule_preserves_variance_from_clean_to_the_published_noise(config, a
     assert schedule.alpha(1000).item() == pytest.approx(alpha_T, abs=5e-5 if config is COSINE else 5e-6)
 
 
-def test_schedule_of_a_list_of_betas():
-    schedule = Schedule(torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64), "sample")
-    assert schedule.T == 3 and schedule.prediction == "sample" and schedule.grid(2) == [3, 2, 0]
+def test_schedule_of_a_list_of_betas_and_its_trailing_grid(schedule):
+    short = Schedule(torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64), "sample")
     alpha_bar = torch.tensor([1, 0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.5], dtype=torch.float64)
-    assert torch.allclose(schedule.alpha(torch.arange(4)) ** 2, alpha_bar, atol=1e-15)
-
-
-def test_grid_is_trailing_and_whole(schedule):
+    assert torch.allclose(short.alpha(torch.arange(4)) ** 2, alpha_bar, atol=1e-15) and short.grid(3) == [3, 2, 1, 0]
     assert schedule.grid(4) == [1000, 750, 500, 250, 0]
     assert schedule.grid(7)[:2] == [1000, 857] and schedule.grid(1) == [1000, 0]
 
@@ -88,33 +84,11 @@ def test_clean_prediction_inverts_every_parametrisation(prediction, eps):
     assert clean_prediction(half, half, torch.tensor([1000, 1]), schedule).dtype == torch.float32
 
 
-def test_guidance_of_one_is_no_guidance(eps):
+def test_guidance_of_one_is_none_and_the_clean_end_divides_by_nothing(schedule, eps):
     assert torch.allclose(cfg(eps, torch.randn_like(eps), 1.0), eps)
     assert torch.equal(cfg(eps, eps, torch.full((16,), 7.5)), eps)
-
-
-def test_one_step_is_the_same_in_x_and_in_y(schedule, eps):
-    y_t, f = torch.randn_like(eps), torch.randn_like(eps)
-    t, s = torch.randint(500, 1001, (16,)), torch.randint(0, 500, (16,))
-    x_s = ddim_step(add_noise(y_t, eps, t, schedule), f, t, s, schedule)
-    assert torch.allclose(add_noise(signal_step(y_t, f, t, s, schedule), eps, s, schedule), x_s, atol=1e-12)
-
-
-def test_clean_end_divides_by_nothing(schedule, eps):
     assert contraction(torch.tensor([1, 40]), torch.tensor([0, 0]), schedule).tolist() == [0, 0]
     assert torch.equal(signal_step(torch.zeros_like(eps), eps, 40, 0, schedule), eps)
-
-
-@pytest.mark.parametrize("i", [1, 400, 1000])
-def test_student_reads_its_input_time(i, schedule, eps):
-    seen = {}
-
-    def network(x_i, i, t):
-        seen.update(x=x_i, i=i, t=t)
-        return torch.zeros_like(x_i)
-    g = student_signal(network, eps, 250, i, schedule)
-    assert seen["i"] == i and seen["t"] == 250 and torch.equal(seen["x"], schedule.sigma(i) * eps)
-    assert torch.allclose(g, schedule.sigma(i) / schedule.alpha(i) * eps)
 
 
 # ------------------------------------------------------------------------------------------------------ trajectories
@@ -190,19 +164,23 @@ def test_bootstrap_loss_has_no_gradient_through_its_target(schedule, f, eps):
     assert seen == [False, True] and a.grad is not None
 
 
-def test_conditions_reach_student_and_teacher_untouched(schedule, eps):
+def test_conditions_reach_networks_untouched_and_a_student_its_input_time(schedule, eps):
     """Whatever they are called: the losses and the solver know none of them."""
-    size, seen = object(), []
+    condition, seen, t = {"size": object(), "w": 2.0}, [], torch.full((16,), 500)
 
     def record(z, t, **condition):
         seen.append(condition)
         return z
-    t = torch.full((16,), 500)
-    bootstrap_loss(record, record, eps, t, t - 40, schedule, "heun", size=size, w=2.0)
-    boundary_loss(record, record, eps, schedule, size=size, w=2.0)
-    solve(record, eps, schedule.grid(3), schedule, "heun", size=size, w=2.0)
-    student_signal(lambda x, i, t, **condition: record(x, t, **condition), eps, t, 400, schedule, size=size, w=2.0)
-    assert len(seen) > 12 and all(condition == {"size": size, "w": 2.0} for condition in seen)
+    bootstrap_loss(record, record, eps, t, t - 40, schedule, "heun", **condition)
+    boundary_loss(record, record, eps, schedule, **condition)
+    solve(record, eps, schedule.grid(3), schedule, "heun", **condition)
+    assert len(seen) == 12 and all(given == condition for given in seen)
+
+    def network(x_i, i, t, **given):
+        assert i == 400 and t == 250 and given == condition and torch.equal(x_i, schedule.sigma(400) * eps)
+        return torch.zeros_like(x_i)
+    g = student_signal(network, eps, 250, 400, schedule, **condition)
+    assert torch.allclose(g, schedule.sigma(400) / schedule.alpha(400) * eps)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

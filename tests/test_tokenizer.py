@@ -275,7 +275,8 @@ def test_added_tokens_get_the_reference_ids(tmp_path, layout, num):
         assert_same_ids(path, ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(30)])
 
 
-@pytest.mark.parametrize("name, count", [("sd15", 300), slow("sd21-base", 2000), slow("sd15", 2000), slow("tiny", 2000)])
+@pytest.mark.parametrize("name, count", [
+    ("sd15", 300), slow("sd21-base", 2000), slow("sd15", 2000), slow("tiny", 2000)])
 def test_folders_as_the_library_saves_them_today_get_the_reference_ids(folder, name, count, tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
     old, new = Tokenizer.from_folder(folder(name)), tmp_path / "new"
