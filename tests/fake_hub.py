@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append((self.command, path))
         fault = next((fault for part, fault in self.server.fail.items() if part in path), None)
         if fault:
-            self.answer(403 if fault == "gated" else fault, X_Error_Code="GatedRepo" if fault == "gated" else "Fault")
+            code = "GatedRepo" if fault == "gated" else "Fault"
+            self.answer(403 if fault == "gated" else fault, {"error": code}, X_Error_Code=code)
         return fault is not None
 
     def do_GET(self):

@@ -3,7 +3,7 @@
 - Seven files stand at the top; imports go one way; the mathematics needs torch alone; the product needs eight packages.
 - The budgets: lines of code, train.py and its loop, README; no line is longer than 120 characters.
 - Only Schedule.timestep knows that an index is one less than a time.
-- Every command of tools/ and dev/ says how it is run.
+- Every command of tools/ and dev/ says in its docstring how it is run.
 """
 
 import ast
@@ -99,6 +99,12 @@ def test_only_the_schedule_knows_that_an_index_is_one_less_than_a_time():
     assert found == ["signal_ode.py: t - 1", "run.py: t - 1"]           # run.py: the times 1..T fall into bins
 
 
+def test_every_command_of_a_folder_says_in_its_docstring_how_it_is_run():
+    for path in files("tools", "dev"):
+        if "\ndef main(" in path.read_text(encoding="utf-8"):
+            assert f"python -m {path.parent.name}.{path.stem} " in ast.get_docstring(tree(path)), path
+
+
 # --------------------------------------------------------------------------------------------------------- the budgets
 @pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2400), (["tools"], 1300), (["train"], 240)])
 def test_lines_of_code_keep_within_their_budget(names, most):
@@ -131,11 +137,3 @@ def test_train_is_the_method_and_its_loop_is_read_in_one_go():
 def test_readme_is_one_that_a_person_finishes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
-
-
-# -------------------------------------------------------------------------------------------------------- the commands
-@pytest.mark.parametrize("name", [
-    f"{path.parent.name}.{path.stem}" for path in files("tools", "dev") if "\ndef main(" in path.read_text("utf-8")])
-def test_every_command_says_how_it_is_run(call, name):
-    code, said, error = call(name, "--help")
-    assert code == 0 and f"python -m {name} " in said, error

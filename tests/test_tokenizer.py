@@ -1,12 +1,11 @@
 """From a prompt file to token ids: the published ones and, if it is installed, the reference library's on all texts.
 
-- Lines of a prompt file end at newlines only; what is not UTF-8 text, empty or missing is one sentence.
+- Lines of a prompt file end at newlines only.
 - Prompts get the published ids; padding, added tokens and ids are what a folder's files say, in every layout.
 - A cut prompt warns with what was dropped; a missing or broken file is named.
 - Any text, every character, and every layout of added tokens get the reference's ids.
 """
 
-import json
 import random
 import shutil
 import unicodedata
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from conftest import CHECKPOINTS, TINY, edit
-from plumbing.files import BadInput
+from plumbing.files import read_json
 from plumbing.prompts import compose_prompts, read_prompts
 from plumbing.tokenizer import Tokenizer
 
@@ -60,15 +59,11 @@ def test_lines_of_a_prompt_file_end_at_newlines_only(tmp_path):
     prompts, path = ["a\u2028b", "c\x0bd\x0ce", "f\x1cg\x1dh\x1ei", "j\x85k", "l\u2029", "m"], tmp_path / "p.txt"
     path.write_bytes("\r\n".join([*prompts[:3], "", " \t", *prompts[3:]]).encode())
     assert read_prompts(path) == prompts
-    for content, message in ((b"\xff", "is not UTF-8"), (b" \n", "holds no prompt"), (None, "p.txt is missing")):
-        path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(BadInput, match=message):
-            read_prompts(path)
 
 
 # -------------------------------------------------------------------------------------------------- ids of the files
 def test_prompts_get_the_published_ids(folder):
-    golden = json.loads((CHECKPOINTS / "clip-tokenizer" / "golden_ids.json").read_text(encoding="utf-8"))
+    golden = read_json(CHECKPOINTS / "clip-tokenizer" / "golden_ids.json", list)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # one of them is too long
         ids = Tokenizer.from_folder(folder("sd21-base"))([entry["prompt"] for entry in golden])
@@ -173,17 +168,13 @@ def texts(count, seed=0):
     def some(chars, most):
         return "".join(rng.choices(chars, k=rng.randint(1, most)))
 
-    def one_script():
-        start = rng.randrange(len(KNOWN))
+    def one_script(end):
+        start = rng.randrange(end)
         return some(KNOWN[start:start + 60], 10)
 
-    def one_script_of_the_basic_plane():
-        start = rng.randrange(0x3000)
-        return some(KNOWN[start:start + 60], 10)
-
-    pieces = [lambda: rng.choice(words), lambda: rng.choice(words), lambda: some(KNOWN, 2), one_script,
-              one_script_of_the_basic_plane, lambda: some(blanks, 2), lambda: some(MARKS, 3),
-              lambda: rng.choice("aeinsAEßω") + some(MARKS, 4),
+    pieces = [lambda: rng.choice(words), lambda: rng.choice(words), lambda: some(KNOWN, 2),
+              lambda: one_script(len(KNOWN)), lambda: one_script(0x3000), lambda: some(blanks, 2),
+              lambda: some(MARKS, 3), lambda: rng.choice("aeinsAEßω") + some(MARKS, 4),
               lambda: unicodedata.normalize("NFD", some(COMPOSED, 4)), lambda: some(COMPOSED, 3) + some(MARKS, 2),
               lambda: some([chr(code) for code in range(128)], 12),
               lambda: some([chr(code) for code in range(0x1100, 0x1200)], 5)]
@@ -239,14 +230,14 @@ def add_tokens(folder, layout, rng):
     config = {key: {"content": token, "__type": "AddedToken", "normalized": rng.random() < 0.5}
               for key, token in (("bos_token", "<begin>"), ("eos_token", "<end>"), ("unk_token", "<unk>"))}
     write_small(folder, **rng.choice([{}, config]), model_max_length=77)
-    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab = read_json(folder / "vocab.json")
     new = [name for name in names if name not in vocab]
     numbers = {name: vocab.get(name, len(vocab) + new.index(name) if name in new else 0) for name in names}
     flags = {name: {key: rng.random() < 0.5 for key in ("normalized", "special", "lstrip", "rstrip")} for name in names}
     if layout == "added_tokens.json":
-        (folder / layout).write_text(json.dumps(numbers))
+        edit(folder / layout, **numbers)
         some = {"pad_token": "<pad>", "additional_special_tokens": names[:2]}
-        (folder / "special_tokens_map.json").write_text(json.dumps(rng.choice([{}, some])))
+        edit(folder / "special_tokens_map.json", **rng.choice([{}, some]))
     elif layout == "special tokens":
         key = rng.choice(["additional_special_tokens", "extra_special_tokens"])
         edit(folder / "tokenizer_config.json", **{key: names})
