@@ -6,8 +6,20 @@ r"""Distil a diffusion teacher into a one-step student with BOOT: no images, onl
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
         train.py --teacher sd21
 
-The same command again resumes. Ctrl-C saves and stops. The losses are in signal_ode.py and matching.py; what is no part
-of the method (processes, checkpoints, logs) is behind `run`, in plumbing/run.py.
+Run the same command again to resume. Ctrl-C saves and stops.
+
+The losses are in signal_ode.py and matching.py. Whatever is no part of the method is behind `run` (plumbing/run.py):
+
+    run.begin, restore, ready   lock the folder, find the last checkpoint; read it; say what begins
+    run.add                     make a network part of the checkpoint, sharded if asked; returns its Adam if it learns
+    run.steps                   the steps still to be made, none with --dry-run; ends early on Ctrl-C
+    run.micro_batches           this process's samples of a step, as ranges of their indices in the whole batch
+    run.memory_permitting       if memory runs out inside, the step begins again, with fewer samples at once
+    run.encode                  the conditions of prompts, by their indices
+    run.autocast, backward      mixed precision, without a cache of casts; a backward pass, scaled where fp16 needs it
+    run.log, remember           add to the step's logged values; note what is named if a loss is not finite
+    run.update, average         sum gradients over processes, clip each network's, step its Adam; move the average
+    run.after                   stop if a loss is not finite; log, checkpoint and make samples where they are due
 """
 
 import argparse
@@ -31,15 +43,15 @@ from signal_ode import add_noise, boot_losses
 from student import new_critic, new_student, save_student, set_trainable
 from teacher import load_teacher
 
-INPUT_NOISE = 2.27          # An epsilon student's input time is where sigma / alpha is this. It was found by trial.
+INPUT_NOISE = 2.27          # This is sigma / alpha at an epsilon student's input time. It was found by trial.
 DECAY = 0.6                 # The rate falls linearly over this last part of BOOT's steps, and of matching's.
 MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's rate falls to it.
-BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. It is learned fast, and it costs extra passes.
-BOOT_EVERY = 5              # Once the student is matched, every 5th step still has BOOT's losses.
-BETA_1 = 0.9                # This is Adam's beta_1 before matching.
-MATCH_BETA_1 = 0.0          # And this is it from there on. With momentum, critic and student lag behind each other.
+BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
+BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
+BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas before matching.
+MATCH_BETA_1 = 0.0          # This is Adam's beta_1 in matching. Momentum would make critic and student lag.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
-# What suits an embedded teacher, which is a miniature, and what suits a published one, where no option says otherwise.
+# These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
     "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500)}
@@ -125,7 +137,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / last_name(args.teacher)
     for name in DEFAULTS:
-        if getattr(args, name) is None and name != "guidance":          # the teacher may have none: resolve_defaults
+        if getattr(args, name) is None and name != "guidance":          # that depends on the teacher: resolve_defaults
             setattr(args, name, default(name, args.teacher))
     with parsing("train.py"):
         for name, limits in LIMITS.items():
@@ -135,7 +147,8 @@ def parse_args(argv=None):
 
 
 def resolve_defaults(args, teacher):
-    """Fill in the options whose default depends on the teacher, and check those whose limits do. Raises BadInput."""
+    """Fill in the options whose default depends on the teacher, and check the options whose limits depend on it. Raises
+    BadInput."""
     teacher.set_negative_prompt(args.negative_prompt)       # first: it may be what makes guidance possible
     T, schedule = teacher.schedule.T, teacher.schedule
     if args.input_time is None:
@@ -153,7 +166,7 @@ def resolve_defaults(args, teacher):
 # -------------------------------------------------------------------------------------------- what a step is made of
 def draw(seed, step, samples, shape, T, num_prompts, guidance):
     """Noises, times, prompt and guidance of a step's samples, each a pure function of (seed, step, sample). So a run
-    depends neither on the number of processes nor on where it was interrupted. Returns the numbers of B prompts, eps
+    depends neither on the number of processes nor on where it was interrupted. Returns the indices of B prompts, eps
     (B, *shape), t (B,) uniform on 1..T, w (B,), and for matching n (B, *shape) and tau (B,)."""
     prompt, eps, t, w, n, tau = [], [], [], [], [], []
     lo, hi = guidance if isinstance(guidance, list) else (guidance, guidance)
@@ -166,14 +179,13 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
         prompt.append(torch.randint(num_prompts, (), generator=rng).item())
         w.append(lo + (hi - lo) * torch.rand((), generator=rng))
         n.append(torch.randn(shape, generator=rng))
-        u = torch.rand((), generator=rng)
-        tau.append((first + u * (last - first + 1)).long().clamp(max=last))
+        tau.append((first + torch.rand((), generator=rng) * (last - first + 1)).long().clamp(max=last))
     return prompt, *map(torch.stack, (eps, t, w, n, tau))
 
 
 def learning_rate(step, args, match_from):
-    """Linear warm-up, then --lr, then a linear decay to the rate of matching. That holds from the step match_from on,
-    and decays likewise to zero. BOOT alone ends at zero."""
+    """Linear warm-up to --lr, then a linear decay to the rate of matching. From the step match_from on the rate is that
+    of matching, and over its last part decays to zero. BOOT alone ends at zero."""
     match_lr = MATCH_LR * args.lr if args.match else 0.0
     if step < match_from:
         warm = (step + 1) / max(args.warmup, 1)
@@ -184,19 +196,19 @@ def learning_rate(step, args, match_from):
 
 
 def begin_of_matching(args, start, critic_steps):
-    """(critic_from, match_from): the steps from which the critic learns and the student is matched. The critic has a
-    head start of --warmup steps, of which it has made critic_steps when the run goes on at the step `start`. As long as
-    the head start is not over, other --steps move the beginning of matching; after that it stays where it was."""
+    """(critic_from, match_from): the steps from which the critic learns and the student is matched. The critic learns
+    alone for --warmup steps first, its head start. A run that goes on at the step `start` may have made critic_steps of
+    them. If --steps is changed on resuming, the beginning of matching moves with it, unless matching has begun."""
     if not args.match:
         return args.steps, args.steps
-    head_start = args.warmup - critic_steps                 # what is left of it; below zero, matching has begun
-    match_from = start + head_start
-    if head_start >= 0:
+    left = args.warmup - critic_steps                       # of the head start; below zero, matching has begun
+    match_from = start + left
+    if left >= 0:
         match_from = max(round(args.match_from * args.steps), match_from)
     if match_from >= args.steps:
-        warnings.warn(f"{args.steps} steps end before the student is matched, after {match_from}: give more --steps, "
-                      "or less --match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
-    return match_from - max(0, head_start), match_from
+        warnings.warn(f"{args.steps} steps end before matching begins, after {match_from}: give more --steps, or less "
+                      "--match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
+    return match_from - max(0, left), match_from
 
 
 # -------------------------------------------------------------------------------------------------------- the training
@@ -208,72 +220,75 @@ def train(args, run):
     run.begin(teacher, prompts)
 
     # Up to three networks start as the teacher. The student learns; the average (EMA) of its weights is what is kept;
-    # the critic learns to denoise the student's samples. run.add returns the Adam of a network that learns.
+    # the critic learns to denoise the student's samples.
     student = new_student(teacher, args.input_time, args.guidance)
-    set_trainable(student.network)
-    student_adam = run.add("student", student.network, lr=args.lr)
-    run.add("teacher", teacher.unet, saved=False)
-    ema, critic = student, None
+    set_trainable(student.network)                          # all but norms and biases, so that a LoRA can carry it
+    student_adam = run.add("student", student.network, args.lr, (BETA_1, BETA_2))
+    run.add("teacher", teacher.unet, saved=False)           # it never learns, but may be sharded
+    ema = student                                           # without an average, the student itself is kept
     if args.ema:
         ema = new_student(teacher, args.input_time, args.guidance)
         run.add("ema", ema.network)
+    critic_steps = torch.tensor(0)                          # how many steps the critic has learned
     if args.match:
         critic = new_critic(student)
-        critic.network.requires_grad_(True)
-        critic_adam = run.add("critic", critic.network, lr=args.critic_lr)
-        critic_steps = run.state["critic_steps"] = torch.tensor(0)      # so many steps the critic has learned; saved
+        critic.network.requires_grad_(True)                 # all of it: no LoRA has to carry the critic
+        critic_adam = run.add("critic", critic.network, args.critic_lr, (MATCH_BETA_1, BETA_2))
+        run.state["critic_steps"] = critic_steps            # saved, and filled in place by run.restore
 
     start = run.restore()
-    critic_from, match_from = begin_of_matching(args, start, int(critic_steps) if args.match else 0)
-    matched = f"matched after {match_from}" if match_from < args.steps else "not matched"
-    write_student = functools.partial(save_student, args.out / "student", ema)
-    run.ready(ema, write_student, f"guidance {args.guidance}, input time {args.input_time}, {matched}")
+    critic_from, match_from = begin_of_matching(args, start, int(critic_steps))
+    run.ready(ema, functools.partial(save_student, args.out / "student", ema),
+              f"guidance {args.guidance}, input time {args.input_time}, matching begins at {match_from}")
     schedule, T = teacher.schedule, teacher.schedule.T
     delta = round(T / args.num_steps)                       # what a bootstrap step spans
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
-    guided = functools.partial(limited_guidance, teacher.denoise, schedule=schedule)
+    limited_teacher = functools.partial(limited_guidance, teacher.denoise, schedule=schedule)
 
-    for step in run.steps():                                # from `start` on; fewer after a signal
-        # Which losses this step has. At first it has BOOT's alone. Then the critic learns beside it, which is its head
-        # start. Then the student is matched, and every 5th step has BOOT's losses, to hold it on the trajectory.
-        match = step >= match_from
-        boot = not match or (step + 1) % BOOT_EVERY == 0
+    for step in run.steps():
+        # A run has three phases. First it has BOOT's losses alone. Then the critic learns beside them: its head start.
+        # Then matching and critic have every step, and BOOT every 5th, to hold the student on the trajectory.
+        matching = step >= match_from
+        boot = not matching or (step + 1) % BOOT_EVERY == 0
         critic_learns = step >= critic_from
-        rate, beta_1 = learning_rate(step, args, match_from), MATCH_BETA_1 if match else BETA_1
-        student_adam.param_groups[0] |= {"lr": rate, "betas": (beta_1, 0.99)}
+        beta_1 = MATCH_BETA_1 if matching else BETA_1
+        student_adam.param_groups[0] |= {"lr": learning_rate(step, args, match_from), "betas": (beta_1, BETA_2)}
         run.zero_grad()
 
-        for samples in run.micro_batches():                 # this process's share, as many at once as memory holds
+        for samples in run.micro_batches():
             with run.memory_permitting():
-                x = h = None                                # If a try before ran out of memory, this frees its graphs.
+                x = h = L_BS = L_BC = L_M = L_C = None      # Frees the graphs of a try that ran out of memory.
                 # This is all that a sample depends on: noise eps, times s < t, prompt, scale w; for matching n, tau.
-                numbers, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
+                indices, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
                 eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
                 s = (t - delta).clamp(min=0)
-                condition = run.encode(numbers)
+                condition = run.encode(indices)
                 if args.guidance != 1:                      # no guidance needs no unconditional pass
                     condition["w"] = w
                 run.remember(times=t, matching_times=tau, guidance=w)
 
-                # BOOT: the student at s must be one solver step of the teacher's from where it is at t (L_BS). For
-                # every 4th sample, it must begin at the teacher's prediction (L_BC).
+                # BOOT: g(eps, s) should be one solver step of the teacher's from g(eps, t) (L_BS). For samples 0, 4, 8,
+                # ... of the whole batch, g(eps, T) should be the teacher's prediction (L_BC).
                 if boot:
-                    boundary = slice(-samples.start % BOUNDARY_EVERY, None, BOUNDARY_EVERY) if args.beta else slice(0)
+                    first = -samples.start % BOUNDARY_EVERY
+                    boundary = slice(first, None, BOUNDARY_EVERY) if args.beta else slice(0)
                     with run.autocast():
                         L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule, boundary, args.solver,
                                                  **condition)
-                    loss = L_BS.sum() / args.batch + args.beta * L_BC.sum() / num_boundary
-                    run.backward(loss)
-                    run.log(bootstrap=L_BS.sum() / args.batch, boundary=L_BC.sum() / num_boundary)
                     run.log_by_time(L_BS, t)
+                    L_BS, L_BC = L_BS.sum() / args.batch, L_BC.sum() / num_boundary
+                    run.backward(L_BS + args.beta * L_BC)
+                    run.log(bootstrap=L_BS, boundary=L_BC)
 
-                # Matching: teacher and critic must agree about the student's samples x (L_M).
-                if match:
+                # Matching: teacher and critic should agree about the student's samples x. L_M has a gradient to x
+                # alone, not to the critic. The critic's prediction h keeps its graph, for L_C.
+                if matching:
                     with run.autocast():
                         x = student(eps, 0, **condition)
-                        L_M, h = matching_loss(x, guided, critic, n, tau, schedule, teacher.clip, **condition)
-                    run.backward(args.match * L_M.sum() / args.batch)
-                    run.log(matching=L_M.sum() / args.batch)
+                        L_M, h = matching_loss(x, limited_teacher, critic, n, tau, schedule, teacher.clip, **condition)
+                    L_M = L_M.sum() / args.batch
+                    run.backward(args.match * L_M)
+                    run.log(matching=L_M)
                 elif critic_learns:
                     with run.autocast():
                         with torch.no_grad():
@@ -283,11 +298,11 @@ def train(args, run):
                 # The critic must know what the student makes now (L_C).
                 if critic_learns:
                     with run.autocast():
-                        L_C = critic_loss(x.detach(), h, tau, schedule)
-                    run.backward(L_C.sum() / args.batch)
-                    run.log(critic=L_C.sum() / args.batch)
+                        L_C = critic_loss(x.detach(), h, tau, schedule).sum() / args.batch
+                    run.backward(L_C)
+                    run.log(critic=L_C)
 
-        # One step of Adam for each network that has learned, with gradients summed over the processes and clipped.
+        # One step of Adam for each network that has learned.
         if critic_learns:
             critic_steps += 1
             run.update(student_adam, critic_adam)
@@ -296,7 +311,7 @@ def train(args, run):
         # The average has a shorter memory at first, to forget the untrained weights.
         if args.ema:
             run.average(ema.network, student.network, decay=min(args.ema, (step + 1) / (step + 10)))
-        run.after(step)                                     # is it finite? log, checkpoint, samples, where due
+        run.after(step)
 
 
 def main():

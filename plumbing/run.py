@@ -2,7 +2,7 @@
 
     with Run(args) as run:                                  # processes, device, precision
         run.begin(teacher, prompts)                         # the folder's lock and last checkpoint, the other processes
-        adam = run.add("student", student.network, lr)      # sharded if asked, and part of the checkpoint
+        adam = run.add("student", student.network, lr, betas)       # sharded if asked, and part of the checkpoint
         start = run.restore()
         run.ready(ema, write_student, "summary")
         for step in run.steps():
@@ -109,7 +109,7 @@ class Run(contextlib.ExitStack):
             raise BadInput(f"process {self.rank} has other options or another teacher than the first: {self.options}")
         self.encode = Conditions(teacher, prompts)
 
-    def add(self, name, network, lr=None, saved=True):
+    def add(self, name, network, lr=None, betas=None, saved=True):
         """Make a network part of the run: sharded and checkpointed as the options say, and saved. With a rate it is
         trained: returns its AdamW, whose state exists from the start, so that resuming has tensors to fill."""
         network.checkpointing = self.args.grad_checkpointing
@@ -122,7 +122,7 @@ class Run(contextlib.ExitStack):
             return None
         learned = {key: p for key, p in network.named_parameters() if p.requires_grad}
         # fused, because the default is slower and needs temporaries, on a GPU of another 4 bytes a parameter
-        adam = torch.optim.AdamW(learned.values(), lr, betas=(0.0, 0.99), weight_decay=0.0,
+        adam = torch.optim.AdamW(learned.values(), lr, betas, weight_decay=0.0,
                                  fused=self.device.type in ("cpu", "cuda"))
         for key, p in learned.items():
             adam.state[p] = {"step": torch.tensor(0.0, device=self.device),
