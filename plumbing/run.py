@@ -147,8 +147,8 @@ class Run(contextlib.ExitStack):
         if self.rank > 0:
             return
         resuming = f"; resuming at step {self.start}" if self.start else ""
-        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps of "
-              f"{args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}", flush=True)
+        print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
+              f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}", flush=True)
         check_space(args.out, sum(tensor.nbytes for tensor in self.state.values()))
         warn_if_busy(self.device)
 
@@ -200,9 +200,8 @@ class Run(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def memory_permitting(self):
-        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can try with fewer. Not
-        where networks are sharded, because the other processes would wait for this one in the middle of their passes.
-        """
+        """Around the passes of a micro-batch: gives up if memory runs out, so that micro_batches can try with fewer.
+        Where networks are sharded it does not, because the other processes would wait for this one in their passes."""
         self.ran_out = False
         try:
             yield
