@@ -2,8 +2,8 @@
 
     python -m tools.curves runs/tiny                        writes runs/tiny/curves.png
 
-It reads log.jsonl while the run goes on, or after it. Where a curve has more than 200 points, each drawn one is the mean
-of several. It needs matplotlib.
+It reads log.jsonl while the run goes on, or after it. Where a curve has more than 200 points, each point that is drawn
+is the mean of several. It needs matplotlib.
 """
 
 import argparse

@@ -77,7 +77,7 @@ class Evaluation:
         self.student, self.teacher, self.w, self.batch = student, student.teacher, w, batch
         folder = judge_folder(self.teacher)
         self.judge, self.config = load_judge(folder, self.teacher.device)
-        self.real = read_tensors(folder / "reference.safetensors", dtype=torch.float32)[0]["features"]
+        self.real = read_tensors(folder / "reference.safetensors", dtype=torch.float32)["features"]
         self.combinations = combinations(self.config, images, seed)
         if self.teacher.labels:                             # it is told the garment alone; its colours are free
             self.combinations = [(garment,) for garment, _, _ in self.combinations]
@@ -221,7 +221,7 @@ def teacher_rows(evaluation, steps, fresh):
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
     rows = read_rows(path) if tensors_path.exists() and not fresh else {}
     if rows:
-        tensors, _ = read_tensors(tensors_path)
+        tensors = read_tensors(tensors_path)
     else:
         solution = evaluation.sample(evaluation.solution(), evaluation.num_exact, "Signal-ODE solution").half().cpu()
         mean, covariance = add_row(evaluation, rows, path, w, most, solution=solution.float())

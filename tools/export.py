@@ -6,16 +6,16 @@
     python -m tools.export --student runs/range --out exported/range5 --guidance 5      one scale, folded in
     python -m tools.export --student runs/sd21 --out exported/sd21 --push USER/NAME
 
-Such programs know no target time and no input time. The first is a constant, 0, so that its embedding folds into the
-bias of time_embedding.linear_2, and a guidance scale folds likewise; the second is where the exported schedule ends,
-so that one step with trailing spacing begins there. README.md in the folder says how it is used.
+Other programs have no input for a target time, and no fixed input time. The target time is the constant 0 here, so its
+embedding folds into the bias of time_embedding.linear_2; a guidance scale folds in the same way. The exported schedule
+ends at the input time, so one step with trailing spacing begins there. README.md in the folder says how to use it.
 """
 
 import argparse
 import copy
 import json
+import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -23,25 +23,22 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from plumbing.files import BadInput, command, read_json, write_file, write_json
-from plumbing.hub import HUB, TINY, find, is_embedded
-from plumbing.weights import WEIGHTS, build
 from model import UNet, guidance_sinusoid
-from plumbing.configs import target_slot
-from plumbing.configs import read_schedule
-from signal_ode import clean_prediction
-from student import load_student
+from plumbing.configs import read_schedule, target_slot
+from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.hub import HUB, SMALL, TINY, find, is_embedded
 from plumbing.images import noise
 from plumbing.layout import part_folder
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
+from plumbing.weights import WEIGHTS, build
+from signal_ode import clean_prediction
+from student import load_student
 from tools.single_file import single_file
 
 LORA = "pytorch_lora_weights.safetensors"       # what load_lora_weights looks for
-COMPARED = 4                                    # pictures of which the error of a LoRA is taken
+COMPARED = 4                                    # images of which the error of a LoRA is taken
 VERSION = "0.30.0"                              # of diffusers, whose layout the folder has
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-             "tokenizer.json")
 NEITHER = {"feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
            "safety_checker": [None, None]}      # what a StableDiffusionPipeline may also have
 
@@ -49,9 +46,10 @@ NEITHER = {"feature_extractor": [None, None], "image_encoder": [None, None], "re
 # ------------------------------------------------------------------------------------------------------- folding
 @torch.no_grad()
 def fold(network, w=None):
-    """{name: tensor} of a student's network at target time 0, float32, without what a teacher has not: the embedding of
-    the target time, and with w, a scale, that of guidance. Equal, but for rounding, for every input. Where guidance
-    stays an input, features of it that are left out here have zeros as weights, as others know of no such rule."""
+    """{name: tensor} of a student's network at target time 0, float32, without the layers that a teacher lacks: the
+    embedding of the target time and, if a scale w is given, that of guidance. For every input the result is the same up
+    to rounding. If guidance stays an input, the features of it that this code leaves out get weights of zero, because
+    other programs do not leave them out."""
     tensors = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
     slot, time = f"{target_slot(network.settings)}_embedding", network.time_embedding
     target = copy.deepcopy(network.get_submodule(slot)).cpu().double()
@@ -69,26 +67,24 @@ def fold(network, w=None):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{slot}.")}
 
 
-def cut(config, schedule, i):
-    """The scheduler's config for one Euler step from time i, which is where its schedule ends."""
-    cosine, zero_snr = config.get("beta_schedule") == "squaredcos_cap_v2", config.get("rescale_betas_zero_snr")
-    kept = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas",
-                                         "rescale_betas_zero_snr") if config.get(key) is not None}
-    if i < schedule.T and not (cosine or zero_snr or "trained_betas" in kept):
-        kept["beta_end"] = read_schedule(config, schedule.T)[schedule.timestep(i)].item()
-    elif i < schedule.T:
-        alpha_bar = schedule.alpha(torch.arange(i + 1)) ** 2
-        kept |= {"trained_betas": (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist(), "rescale_betas_zero_snr": False}
+def truncate_schedule(config, i):
+    """The scheduler's config for one Euler step from time i, at which its schedule ends."""
+    betas, prediction = read_schedule(config)
+    kept = {"trained_betas": betas[:i].tolist(), "prediction_type": prediction}
+    if i == len(betas):                                     # the whole schedule: say it as the teacher does
+        keys = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas", "rescale_betas_zero_snr")
+        kept = {key: config[key] for key in keys if config.get(key) is not None}
     return {"_class_name": "EulerDiscreteScheduler", "_diffusers_version": VERSION, "num_train_timesteps": i,
             "timestep_spacing": "trailing", "steps_offset": 1, **kept}
 
 
 def from_unit_noise(tensors, schedule, i, clip, kind):
-    """A network's tensors, and the scheduler's config, for pipelines that start from eps itself and know no scale: the
-    first convolution multiplies by sigma_i. An epsilon student's picture is (eps - out) sigma_i / alpha_i. A scheduler
-    with a = (alpha_i / sigma_i)^2 as its signal rate makes (eps - sqrt(1 - a) out') / sqrt(a) of eps and an out',
-    the same if the last convolution is multiplied so that out' = out / sqrt(1 - a). Likewise for v, with
-    a = (alpha_i sigma_i)^2: alpha_i sigma_i eps - sigma_i out, and sqrt(a) eps - sqrt(1 - a) out'. Raises BadInput."""
+    """(tensors, scheduler's config) for pipelines that start from eps itself instead of sigma_i * eps.
+    The first convolution is multiplied by sigma_i. An epsilon student's sample is (eps - out) * sigma_i / alpha_i. Take
+    a scheduler whose alpha_bar at i is a = (alpha_i / sigma_i)^2. From eps and an output out' it makes the sample
+    (eps - sqrt(1 - a) * out') / sqrt(a). The two are equal if out' = out / sqrt(1 - a), so the last convolution is
+    divided by that. A v student's sample is alpha_i * sigma_i * eps - sigma_i * out, with a = (alpha_i * sigma_i)^2.
+    Raises BadInput."""
     alpha, sigma = schedule.alpha(i).item(), schedule.sigma(i).item()
     if schedule.prediction == "epsilon":
         signal, factor = alpha / sigma, 1.0
@@ -101,7 +97,7 @@ def from_unit_noise(tensors, schedule, i, clip, kind):
     tensors["conv_in.weight"] = (tensors["conv_in.weight"].double() * sigma).float()
     for name in ("conv_out.weight", "conv_out.bias"):
         tensors[name] = (tensors[name].double() * gain).float()
-    beta = 1 - signal ** (2 / i)                            # in each of i steps, which are a together
+    beta = 1 - signal ** (2 / i)                            # i such steps have alpha_bar = a together
     config = {"_class_name": kind, "_diffusers_version": VERSION, "num_train_timesteps": i, "beta_schedule": "linear",
               "beta_start": beta, "beta_end": beta, "prediction_type": schedule.prediction, "set_alpha_to_one": True,
               "timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": clip is not None}
@@ -114,17 +110,16 @@ def from_unit_noise(tensors, schedule, i, clip, kind):
 
 # ---------------------------------------------------------------------------------------------------------- LoRA
 def low_rank(difference, rank):
-    """(up, down) of the best approximation up @ down of a matrix (M, N) by one of this rank: (M, rank) and
-    (rank, N), filled up with zeros. Singular vectors are eigenvectors of the smaller of D D^T and D^T D."""
+    """(up (M, rank), down (rank, N)): up @ down is the best approximation of a matrix (M, N) by this rank. Ranks that
+    the matrix lacks are zeros. Singular vectors are eigenvectors of the smaller of D D^T and D^T D."""
     tall = difference.shape[0] > difference.shape[1]
     D = (difference.T if tall else difference).double()
     squares, vectors = torch.linalg.eigh(D @ D.T)                                               # ascending
     squares, vectors = squares.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank]
-    root = squares.sqrt().sqrt().clamp(min=1e-12)           # both get the same share of a singular value
-    a, b = vectors * root, (vectors.T @ D) / root[:, None]
+    root = squares.sqrt().sqrt().clamp(min=1e-12)           # both factors get the same share of a singular value
     missing = rank - len(root)
-    a = torch.cat([a, a.new_zeros(len(a), missing)], 1)
-    b = torch.cat([b, b.new_zeros(missing, b.shape[1])])
+    a = F.pad(vectors * root, (0, missing))
+    b = F.pad((vectors.T @ D) / root[:, None], (0, 0, 0, missing))
     return (b.T.float(), a.T.float()) if tall else (a.float(), b.float())
 
 
@@ -139,14 +134,14 @@ def time_embedding(tensors, student):
 
 @torch.no_grad()
 def make_lora(tensors, student, rank, dtype=torch.float32):
-    """({name: tensor} of a LoRA that makes the teacher's network the student's, {name: tensor} of the weights that it
-    makes of the teacher's). tensors: the student's, folded. rank: 0 for the full one; all matrices have the same, as
-    readers disagree about others. dtype: of the file."""
+    """(lora, made), both {name: tensor}: a LoRA that makes the teacher's network the student's, and the weights that it
+    makes of the teacher's. tensors: the student's, folded. rank: of all its matrices, because programs disagree about
+    LoRAs with several; 0 is the full one. dtype: of the file."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
     rank = min(rank or whole, whole)
-    # The times are fixed, so that the time's embedding is one vector, and a change of it a product of two.
+    # At fixed times the embedding of time is one vector, so that its change is a matrix of rank one.
     _, student_embedding = time_embedding(tensors, student)
     hidden, teacher_embedding = time_embedding(own, student)
     change = torch.outer(student_embedding - teacher_embedding, hidden) / hidden.square().sum()
@@ -166,8 +161,8 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
 
 @torch.no_grad()
 def lora_error(tensors, made, student):
-    """(RMS, maximum) over the pixels of a few pictures, in 255ths: how far those of the network with these weights are
-    from the student's. tensors, made: {name: tensor} of both in the teacher's architecture."""
+    """(RMS, maximum) over the pixels of a few images, in 1/255, of what the weights `made` change of the student's
+    images. tensors, made: {name: tensor} of both in the teacher's architecture."""
     teacher, i = student.teacher, student.input_time
     prompts = training_prompts(teacher)
     eps = noise(range(COMPARED), teacher.shape).to(teacher.device)
@@ -198,48 +193,44 @@ def save_text_parts(out, teacher, vae_folder, dtype):
     write_json(out / "text_encoder" / "config.json", read_json(teacher.folder / "text_encoder" / "config.json"))
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     for path in (teacher.folder / "tokenizer").iterdir():
-        if path.name in TOKENIZER:
+        if path.name in SMALL:
             shutil.copyfile(path, out / "tokenizer" / path.name)
     return NEITHER | {"vae": ["diffusers", vae["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
                       "tokenizer": ["transformers", "CLIPTokenizer"]}
 
 
-def export(student, out, w=None, dtype=torch.float32, decoder=None, lora=None, name=None):
-    """Write the student to a folder, as said at the top of this file. w: the scale that is folded into a ranged one;
-    None: it stays an input. decoder: the student's teacher decodes by it from now on. lora: the rank of a file beside,
-    0 for the full one. name: of a single file beside. Returns the pipeline that opens the folder, or None, and the
-    LoRA's error or None. Raises BadInput, before anything is written."""
-    teacher, i = student.teacher, student.input_time
-    is_open = student.ranged and w is None
+def export(student, args):
+    """Write the student to the folder args.out. Returns the pipeline that opens it, or None, and the LoRA's error, or
+    None. The student's teacher decodes by --decoder from now on. Raises BadInput, before anything is written."""
+    teacher, i, out, dtype = student.teacher, student.input_time, args.out, PRECISION[args.precision]
     config = read_json(teacher.unet_folder / "config.json")
-    tensors, files, error = fold(student.network, w if student.ranged else None), {}, None
+    tensors, files, error = fold(student.network, args.guidance), {}, None
     if not teacher.text_encoder:
         pipeline = None if teacher.labels else "DDIMPipeline"           # no pipeline has a UNet2DModel of classes
         unet, scheduler = from_unit_noise(tensors, teacher.schedule, i, teacher.clip, "DDIMScheduler")
-    elif is_open:
+    elif student.ranged and args.guidance is None:
         pipeline = "LatentConsistencyModelPipeline"
         unet, scheduler = from_unit_noise(tensors, teacher.schedule, i, teacher.clip, "LCMScheduler")
         config["time_cond_proj_dim"] = student.network.config["time_cond_proj_dim"]
     else:
-        pipeline = "StableDiffusionPipeline"
-        path = part_folder(teacher.folder, "scheduler") / "scheduler_config.json"
-        unet, scheduler = tensors, cut(read_json(path), teacher.schedule, i)
-    if name:                                                            # of the teacher's own VAE
-        texts = teacher.text_encoder.state_dict()
-        files[f"{name}.safetensors"] = single_file(tensors, teacher.vae.state_dict(), texts, config)
+        pipeline, unet = "StableDiffusionPipeline", tensors
+        scheduler = truncate_schedule(read_json(part_folder(teacher.folder, "scheduler") / "scheduler_config.json"), i)
+    if args.single_file:                                                # with the teacher's own VAE
+        files[f"{out.resolve().name}.safetensors"] = single_file(
+            tensors, teacher.vae.state_dict(), teacher.text_encoder.state_dict(), config)
     vae_folder = teacher.folder / "vae"
-    if decoder:
-        vae_folder, _ = find(decoder)
-        teacher.use_decoder(decoder)
-    if lora is not None:
-        files[LORA], made = make_lora(tensors, student, lora, dtype)
+    if args.decoder:
+        vae_folder, _ = find(args.decoder)
+        teacher.use_decoder(args.decoder)
+    if args.lora is not None:
+        files[LORA], made = make_lora(tensors, student, args.lora, dtype)
         error = lora_error(tensors, made, student)
 
     save(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-    for file, content in files.items():
-        save(out / file, content, dtype)
+    for name, content in files.items():
+        save(out / name, content, dtype)
     parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if teacher.text_encoder:
         parts |= save_text_parts(out, teacher, vae_folder, dtype)
@@ -249,118 +240,57 @@ def export(student, out, w=None, dtype=torch.float32, decoder=None, lora=None, n
 
 
 # ---------------------------------------------------------------------------------------------------------- card
-USE = {                                                     # by the pipeline that carries it, None if there is none
-    "StableDiffusionPipeline": """\
-pipe = StableDiffusionPipeline.from_pretrained({where}, torch_dtype={dtype})
-image = pipe({prompt}, num_inference_steps=1, guidance_scale=1.0).images[0]""",
-    "LatentConsistencyModelPipeline": """\
-pipe = LatentConsistencyModelPipeline.from_pretrained({where}, torch_dtype={dtype})
-image = pipe({prompt}, num_inference_steps=1, guidance_scale={w}).images[0]""",
-    "DDIMPipeline": """\
-pipe = DDIMPipeline.from_pretrained({where}, torch_dtype={dtype})
-image = pipe(num_inference_steps=1).images[0]""",
-    None: """\
-unet = UNet2DModel.from_pretrained({where}, subfolder="unet", torch_dtype={dtype})
-scheduler = DDIMScheduler.from_pretrained({where}, subfolder="scheduler")
-scheduler.set_timesteps(1)
-eps, t = torch.randn(1, {shape}, dtype={dtype}), scheduler.timesteps[0]
-with torch.no_grad():
-    out = unet(eps, t, class_labels=torch.tensor([{label}])).sample
-image = scheduler.step(out, t, eps).prev_sample             # (1, {shape}), from -1 to 1"""}
-USE_LORA = """
-## As a LoRA
-
-`{lora}` has each weight's change, to {rank}, under names that diffusers, ComfyUI and
-AUTOMATIC1111 read. Beside the student itself its pictures are {rms:.2g} of 255 off (RMS; {most:.0f} at most).
-
-```python
-import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})
-pipe.scheduler = EulerDiscreteScheduler.from_pretrained({where}, subfolder="scheduler")
-pipe.load_lora_weights({where}, weight_name="{lora}")
-image = pipe({prompt}, num_inference_steps=1, guidance_scale=1.0).images[0]
-```
-"""
-USE_FILE = """
-## In ComfyUI and the like
-
-`{file}` is the whole model under the original names.
-
-- ComfyUI: `models/checkpoints`{lora}. `SamplerCustom` with `KSamplerSelect` euler, `ManualSigmas` "{sigma:.4f}, 0"
-  and cfg 1.0; `ModelSamplingDiscrete` {predicts} before it, as ComfyUI else guesses that from the weights.
-- AUTOMATIC1111, Forge: `models/Stable-diffusion`. Sampler Euler, schedule type Karras, 1 step, CFG scale 1 and, in the
-  settings of the samplers, a "sigma max" of {sigma:.4f}.
-"""
+def card(student, args, pipeline, error):
+    """The text of an exported folder's README.md: the sections of card.md that apply to it, filled in."""
+    teacher, w, kind = student.teacher, student.pick_guidance(args.guidance), pipeline or "no pipeline"
+    base = HUB[teacher.spec]["repositories"][0] if teacher.spec in HUB else teacher.spec
+    lo, hi = student.guidance if student.ranged else (w, w)
+    rms, most = error or (0.0, 0.0)
+    tag = "text-to-image" if teacher.text_encoder else "unconditional-image-generation"
+    words = {
+        "name": args.out.resolve().name, "teacher": teacher.spec, "w": w, "lo": lo, "hi": hi,
+        "pipeline_tag": f"\npipeline_tag: {tag}" if pipeline else "",
+        "where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
+        "base": quoted(teacher.folder if is_embedded(base) else base),
+        "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
+        "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
+        "rank": f"rank {args.lora}" if args.lora else "the full rank",
+        "predicts": teacher.schedule.prediction.replace("epsilon", "eps"),
+        "sigma": min(teacher.schedule.lam(student.input_time).exp().item(), 4096),      # in diffusers it is infinite
+        "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
+        "negative": repr(teacher.negative_prompt), "figures": figures(args, teacher, w)}
+    applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "limits": True,
+               f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
+    _, *parts = re.split(r"<!-- (.+) -->\n", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    sections = dict(zip(parts[::2], parts[1::2]))
+    chosen = ["head", kind, *(name for name, whether in applies.items() if whether and name in sections)]
+    return "".join(sections[name] for name in chosen).format(**words)
 
 
-def figures(folder, teacher, w, decoder):
-    """The student's rows at this scale and with this decoder and that of the teacher's fifty steps, as a table, if
-    tools.evaluate has left them in its usual place."""
+def figures(args, teacher, w):
+    """A table of the student's rows and of the teacher's fifty steps, if tools.evaluate has left one for this scale and
+    decoder in its usual place."""
+    folder, _ = find(args.student)
     places = [folder, folder.parent]
     if TINY in folder.resolve().parents:
         places = [Path("runs") / f"{Path(teacher.spec).name}-shipped"]
-    path = next((place / "evaluation.json" for place in places if (place / "evaluation.json").exists()), None)
-    if path is None or read_json(path)["guidance"] != w or read_json(path).get("decoder") != decoder:
-        return "No evaluation.json of it lay beside the student: `python -m tools.evaluate` makes one."
+    found = [read_json(place / "evaluation.json") for place in places if (place / "evaluation.json").exists()][:1]
+    if not found or (found[0]["guidance"], found[0].get("decoder")) != (w, args.decoder):
+        return "There was no evaluation.json beside the student: `python -m tools.evaluate` makes one."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
     lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
-    for row in read_json(path)["rows"]:
+    for row in found[0]["rows"]:
         if row["sampler"] == "student" or row["steps"] == 50:
+            limited = ", limited" if row.get("limited") else ""
+            name = f"{row['sampler']}, {row['steps']}, w = {row['guidance']:g}{limited}"
             values = " | ".join("–" if row[key] is None else f"{row[key]:.3g}" for key in keys)
-            lines.append(f"| {row['sampler']}, {row['steps']} | {row['nfe']} | {values} |")
+            lines.append(f"| {name} | {row['nfe']} | {values} |")
     return "\n".join(lines)
 
 
 def quoted(text):
     """A text as Python and JSON write it, for a line of code."""
     return json.dumps(str(text), ensure_ascii=False)
-
-
-def card(student, args, folder, pipeline, error):
-    """README.md of an exported folder: what it is, how it is used, what it can't do, its figures."""
-    teacher, i, name = student.teacher, student.input_time, args.out.resolve().name
-    base = HUB[teacher.spec]["repositories"][0] if teacher.spec in HUB else teacher.spec
-    base = teacher.folder if is_embedded(base) else base
-    w = student.pick_guidance(args.guidance)
-    words = {"where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
-             "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32", "base": quoted(base),
-             "w": f"{w:g}", "shape": ", ".join(map(str, teacher.shape)), "label": 0, "lora": LORA,
-             "file": f"{name}.safetensors", "rank": f"rank {args.lora}" if args.lora else "the full rank",
-             "sigma": min(teacher.schedule.lam(i).exp().item(), 4096)}      # which is infinity in diffusers
-    imports = pipeline or "DDIMScheduler, UNet2DModel"
-    lines = ["---", "library_name: diffusers", "tags: [boot, one-step, distillation]"]
-    if pipeline:
-        lines += [f"pipeline_tag: {'text-to-image' if teacher.text_encoder else 'unconditional-image-generation'}"]
-    lines += ["---", "", f"# {name}", "", f"A student of {teacher.spec} that paints in one pass of the network, "
-              "distilled by BOOT ([2306.05544](https://arxiv.org/abs/2306.05544)) without any image.", "", "```python",
-              "import torch", f"from diffusers import {imports}", "", USE[pipeline].format(**words), "```", ""]
-    if pipeline == "LatentConsistencyModelPipeline":
-        lo, hi = student.guidance
-        limits = [f"`guidance_scale` is w, from {lo:g} to {hi:g}: the network is told it, and makes one pass. "
-                  "`StableDiffusionPipeline` opens the folder as well, and takes the same arguments."]
-    elif pipeline == "StableDiffusionPipeline":
-        limits = [f"The guidance scale {w:g} is built in: `guidance_scale` is 1.0, so that the pipeline adds none."]
-    else:
-        names = ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name)
-        limits = [f"The classes are {names}."] if names else []
-    if teacher.condition_type == "prompt":
-        what = f" (it was {teacher.negative_prompt!r})" if teacher.negative_prompt else ""
-        limits.append(f"A negative prompt acts in training only{what}: here it has no effect.")
-    limits += ["One step, with the scheduler that is here; it was trained for nothing else.",
-               "The licence is that of its teacher."]
-    if teacher.condition_type != "label":
-        lines.append("With `generator=torch.Generator().manual_seed(N)` it is the picture of BOOT's sample.py of seed N"
-                     f"{' to 1 of 255' if args.precision == 'fp16' else ''}.")
-    if error:
-        lines.append(USE_LORA.format(rms=error[0], most=error[1], **words))
-    if args.single_file:
-        predicts = teacher.schedule.prediction.replace("epsilon", "eps")
-        words["lora"] = f", or the teacher's there and `{LORA}` into `models/loras`" if error else ""
-        lines.append(USE_FILE.format(predicts=predicts, **words))
-    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits), "", "## Figures", ""]
-    return "\n".join([*lines, figures(folder, teacher, w, args.decoder), ""])
 
 
 def push(folder, repo, private):
@@ -383,7 +313,7 @@ def rank(text):
     return 0 if text == "full" else int(text)
 
 
-def main():
+def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--student", default=TINY / "student", help="what train.py wrote (default: the shipped one)")
@@ -393,36 +323,36 @@ def main():
                    "stays an input")
     p.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
     p.add_argument("--decoder", help="folder or hub id of an AutoencoderTiny, to stand in vae/")
-    p.add_argument("--lora", type=rank, metavar="RANK", help=f"also {LORA}, the change of the teacher's weights by a "
-                   "matrix of this rank for each; `full` for all of it, in a file larger than the model")
-    p.add_argument("--single-file", action="store_true", help="also all in one file, under the original names")
+    p.add_argument("--lora", type=rank, metavar="RANK", help=f"also write {LORA}: for each weight of the teacher, its "
+                   "change as a matrix of this rank; `full` for all of it, in a file larger than the model")
+    p.add_argument("--single-file", action="store_true", help="also write all in one file, under the original names")
     p.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub")
     p.add_argument("--private", action="store_true", help="with --push: for nobody else, if it is a new repository")
     args = p.parse_args()
     if args.private and not args.push:
         p.error("--private goes with --push")
+    return args
+
+
+def main():
+    args = parse_args()
     student = load_student(args.student, args.teacher)
-    folder, _ = find(args.student)
-    teacher, extra = student.teacher, args.lora is not None or args.single_file
+    text, extra = student.teacher.text_encoder, args.lora is not None or args.single_file
     if args.guidance is not None:
         student.pick_guidance(args.guidance)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise BadInput(f"--out {args.out} is not empty: give a new folder, or delete it")
-    if student.ranged and args.guidance is None and not teacher.text_encoder:
-        raise BadInput(f"a pixel model's pipeline knows no scale: give --guidance, {student.guidance[0]} to "
-                       f"{student.guidance[1]}")
-    if extra and not teacher.text_encoder:
+    if extra and not text:
         raise BadInput("--lora and --single-file are for students of Stable Diffusion")
-    if extra and student.ranged and args.guidance is None:
-        raise BadInput(f"--lora and --single-file carry one scale: give --guidance, {student.guidance[0]} to "
-                       f"{student.guidance[1]}")
-    name = args.out.resolve().name if args.single_file else None
-    pipeline, error = export(student, args.out, args.guidance, PRECISION[args.precision], args.decoder, args.lora, name)
-    text = card(student, args, folder, pipeline, error)
-    write_file(args.out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    if student.ranged and args.guidance is None and (extra or not text):
+        raise BadInput(f"--lora, --single-file and pipelines of pixels carry one scale: give --guidance, "
+                       f"{student.guidance[0]} to {student.guidance[1]}")
+    pipeline, error = export(student, args)
+    content = card(student, args, pipeline, error)
+    write_file(args.out / "README.md", lambda path: path.write_text(content, encoding="utf-8"))
     print(f"{args.out}: README.md there says how it is used")
     if error:
-        print(f"  {LORA}: its pictures are {error[0]:.2g} of 255 off (RMS; {error[1]:.0f} at most)")
+        print(f"  {LORA}: its images differ from the student's by {error[0]:.2g} of 255 (RMS; {error[1]:.0f} at most)")
     if args.push:
         push(args.out, args.push, args.private)
 

@@ -45,7 +45,7 @@ def load_judge(folder, device="cpu"):
     """(judge, config) of a teacher's `judge/` folder. Raises BadInput."""
     folder = Path(folder)
     config, path = read_json(folder / "config.json"), folder / "judge.safetensors"
-    return build(Judge, config, read_tensors(path, device, torch.float32)[0], path), config
+    return build(Judge, config, read_tensors(path, device, torch.float32), path), config
 
 
 def prompt(garment, colour, background):

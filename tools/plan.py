@@ -4,8 +4,8 @@
     python -m tools.plan --teacher sd21 --device cuda                   on a GPU, which need not be here
     python -m tools.plan --teacher sd21 --device cuda --processes 8 --shard --micro-batch 8
 
-It takes train.py's options. A GPU there takes as many samples at once as fit, up to 16; here --micro-batch says how many
-(default: 4; for an embedded teacher a process's whole share).
+It takes train.py's options. In training, a GPU takes as many samples at once as fit, up to 16. Here --micro-batch says
+how many (default: 4; for an embedded teacher a process's whole share).
 
 How it counts: train.py's loop runs here as it is, one step of each kind, but on fake tensors. They have a shape and a
 dtype and no values. PyTorch takes them through the operations of real ones, which are counted, and so are the bytes of
@@ -99,7 +99,7 @@ class Plan:
     def begin(self, teacher, prompts):
         self.teacher, self.prompts = teacher, prompts
 
-    def add(self, name, network, lr=None, saved=True):
+    def add(self, name, network, lr=None, betas=None, saved=True):
         network.checkpointing = self.args.grad_checkpointing
         self.networks[name] = self.fake(network)
         self.saved += saved * nbytes(network.parameters())
@@ -172,7 +172,7 @@ class Plan:
     def autocast(self):
         return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
-    def backward(self, loss, network, last=True):
+    def backward(self, loss):
         loss.backward()
 
     def log(self, **losses):
@@ -187,23 +187,26 @@ class Plan:
     remember = log_by_time = update = average = after = ignore
 
     # ------------------------------------------------------------------------------------------------ the result
+    def checkpoint(self):
+        """Bytes of a checkpoint: the networks that are saved, and Adam's two moments."""
+        return self.saved + 2 * nbytes(self.trained)
+
     def memory(self):
-        """{part: bytes of a process}. With --shard it has its share of Adam and of the networks of the loop. For the
-        block with which it computes, and for the next one, it also gathers the shares of the others."""
+        """{part: bytes of a process}. With --shard it has its share of the loop's networks, Adam and gradients. It also
+        gathers two blocks at a time: their weights, and their gradients in float32."""
         shards = self.world if self.args.shard else 1
-        gradients = nbytes(self.trained)                    # whole in each process, until the step's last pass
+        gradients = nbytes(self.trained)
         memory = {name: nbytes(network.parameters()) / shards for name, network in self.networks.items()}
         memory |= {name: nbytes(network.parameters()) for name, network in self.whole.items()}
-        memory |= {"Adam": 2 * gradients / shards, "gradients": gradients,
+        memory |= {"Adam": 2 * gradients / shards, "gradients": gradients / shards,
                    "prompts": nbytes((self.conditions.encoded or {}).values()),
                    "passes": self.ledger.peak - gradients}
         if self.args.shard:
             blocks = [block for network in self.networks.values() for block in network.blocks()]
             largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-            memory["gathered"] = 2 * largest * self.dtype.itemsize
+            memory["gathered"] = 2 * largest * (self.dtype.itemsize + 4)
         if self.on_cpu:
-            saved = (self.saved + 2 * gradients) / self.world
-            memory |= {"saving": min(FILE_SIZE, saved), "Python": PYTHON}
+            memory |= {"saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
         return memory
 
 
@@ -222,7 +225,7 @@ def kinds_of_steps(args):
 
 def report(plan, tflops):
     """The lines that the command prints."""
-    args, losses = plan.args, ("text", "bootstrap", "matching", "critic")
+    args, losses = plan.args, list(dict.fromkeys(name for _, flops in plan.kinds for name in flops))
     yield (f"{args.teacher} in {args.precision}, {args.steps} steps of {args.batch} samples: {plan.world} processes x "
            f"{plan.local_batch // plan.micro_batch} micro-batches x {plan.micro_batch} samples")
     yield "parameters, millions"
@@ -238,6 +241,7 @@ def report(plan, tflops):
     memory = plan.memory()
     for name, size in (memory | {"together": sum(memory.values())}).items():
         yield f"  {name:14} {size / 1e9:9.3f}"
+    yield f"a checkpoint on disk, GB: {plan.checkpoint() / 1e9:.3f}; there are three of them while one is written"
 
 
 def parse_args():

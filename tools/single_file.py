@@ -11,8 +11,8 @@ import re
 
 import torch
 
-from REMOVED import require
-from plumbing.files import BadInput
+from plumbing.configs import check
+from plumbing.files import BadInput, parsing
 
 # The U-Net's modules outside its levels, {ours: theirs}, with the dot that ends a module's name. Their numbers are
 # places in an nn.Sequential, in which a SiLU, that has no weights, takes one, too.
@@ -117,11 +117,10 @@ def single_file(unet, vae, text_encoder, config):
     What such a file has no place for, its reader takes from a config of its own, or from Stable Diffusion: the schedule
     and what the U-Net predicts, the numbers of heads and groups, the scale of the latents.
     Raises BadInput, naming the key of the config or the tensor, for a U-Net that isn't Stable Diffusion's."""
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    require(kind == "UNet2DConditionModel", "a single file", "_class_name", kind, "UNet2DConditionModel")
-    for key in ("time_cond_proj_dim", "class_embed_type", "target_embed_type", "num_class_embeds"):
-        require(not config.get(key), "a single file", key, config.get(key), "null")
-
+    with parsing("a U-Net in a single file"):
+        check("_class_name", config.get("_class_name", "UNet2DConditionModel"), ["UNet2DConditionModel"])
+        for key in ("time_cond_proj_dim", "class_embed_type", "target_embed_type", "num_class_embeds"):
+            check(key, config.get(key), [None])
     parts = {"model.diffusion_model.": original_unet(unet, config), "first_stage_model.": original_vae(vae)}
     if text_encoder["text_model.final_layer_norm.weight"].shape == (1024,):
         parts["cond_stage_model.model."] = open_clip(text_encoder)
