@@ -14,7 +14,7 @@ import json
 import os
 
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from plumbing.files import BadInput, write_file
@@ -32,28 +32,15 @@ def to_pil(images):
     return [Image.fromarray(p) for p in pixels]
 
 
-def image_grid(rows, least=0, names=None):
-    """One PIL image of rows of equally large PIL images, each enlarged by a whole factor to at least `least` pixels.
-    `names`: of the rows, written left of them."""
+def image_grid(rows, least=0):
+    """One PIL image of rows of equally large PIL images, each enlarged by a whole factor to at least `least` pixels."""
     width, height = rows[0][0].size
     grid = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             grid.paste(image, (x * width, y * height))
     factor = max(1, -(-least // width))
-    grid = grid.resize([factor * size for size in grid.size], Image.Resampling.NEAREST)
-    return grid if names is None else name_rows(grid, names)
-
-
-def name_rows(grid, names):
-    """The image with names at equal distances left of it."""
-    font = ImageFont.load_default(16)
-    margin = 16 + max(round(font.getlength(name)) for name in names)
-    named = Image.new("RGB", (margin + grid.width, grid.height), "white")
-    named.paste(grid, (margin, 0))
-    for row, name in enumerate(names):
-        ImageDraw.Draw(named).text((8, (row + 0.5) * grid.height / len(names)), name, "black", font, anchor="lm")
-    return named
+    return grid.resize([factor * size for size in grid.size], Image.Resampling.NEAREST)
 
 
 def text_chunks(about):

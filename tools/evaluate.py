@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -291,6 +292,17 @@ def table(rows):
     return "\n".join(lines)
 
 
+def name_rows(grid, names):
+    """The image with names at equal distances left of it."""
+    font = ImageFont.load_default(16)
+    margin = 16 + max(round(font.getlength(name)) for name in names)
+    named = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    named.paste(grid, (margin, 0))
+    for row, name in enumerate(names):
+        ImageDraw.Draw(named).text((8, (row + 0.5) * grid.height / len(names)), name, "black", font, anchor="lm")
+    return named
+
+
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -393,7 +405,7 @@ def main():
     out = args.json or folder / "evaluation.json"
     store(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w,
                             "decoder": args.decoder, "judge": accuracy, "rows": rows}, needed=args.json is not None)
-    grid = image_grid([*sheet, student_images], 96, [f"DDIM-{k}" for k in STEPS] + ["student"])
+    grid = name_rows(image_grid([*sheet, student_images], 96), [f"DDIM-{k}" for k in STEPS] + ["student"])
     store(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"),
           needed=args.json is not None)
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
