@@ -14,8 +14,9 @@
     difference          of a pass: the largest one over the largest value; of trained weights: ||a - b|| / ||b||
     prediction, image   agreement: ||a - b|| / ||b|| of clean predictions; an image's largest difference, of 255
 
-One should see differences below 1e-5 in fp32, steps about 1.2 times as fast as the reference loop's on a CPU, and one
-sampling step about 35 times as fast as fifty. Needs diffusers and transformers, except for --alone and --agreement.
+One should see differences below 1e-5 in fp32. On a CPU train.py's steps are about 1.2 times as fast as the reference
+loop's, and one step of sampling is about 35 times as fast as fifty. On a GPU --step reports TFLOP/s, too.
+Needs diffusers and transformers, except for --alone and --agreement.
 """
 
 import argparse
@@ -103,8 +104,8 @@ def passes(part, config, args, device, dtype):
 
 @torch.no_grad()
 def measure(whose, part, folder, args, device, dtype):
-    """((load, read, peak, pass), output) of a network, of ours or of theirs. It needs a process of its own, whose memory
-    nothing else has used."""
+    """((load, read, peak, pass), output) of a network, of ours or of theirs. It needs a process of its own, so that
+    the peak is its own."""
     config, (network, stem, library) = read_json(folder / "config.json"), PARTS[part]
     if whose == "theirs":                                   # imported first, because that does not count
         name = config.get("_class_name") or config["architectures"][0]
@@ -137,7 +138,8 @@ def bench_networks(args, device, dtype):
         spawn, rows, outputs = multiprocessing.get_context("spawn"), {"ours": [], "theirs": []}, {}
         with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
             for whose in ("ours", "theirs") * args.repeat:
-                row, outputs[whose] = processes.submit(measure, whose, part, folders[part], args, device, dtype).result()
+                job = processes.submit(measure, whose, part, folders[part], args, device, dtype)
+                row, outputs[whose] = job.result()
                 rows[whose].append(row)
         ours, theirs = outputs.values()
         found[part] = {whose: dict(zip(("load", "read", "peak", "pass"), map(statistics.median, zip(*measured))))
@@ -150,8 +152,9 @@ def bench_networks(args, device, dtype):
 
 # ----------------------------------------------------------------------------------------------------- training steps
 def timed_steps(run, steps, loop, seconds, flops):
-    """run.steps, around which it measures: seconds, {kind of step: (train.py's, the loop's)}, two lists; and on a GPU
-    flops, {kind: operations of train.py's}. loop: makes dev/reference.py's, whose step comes first; or None."""
+    """run.steps, and measure each of them. loop: a callable that returns dev/reference.py's loop, whose step comes
+    before train.py's, or None. Fills in seconds, {kind of step: (train.py's, the loop's)}, each a list, and on a GPU
+    flops, {kind: operations of train.py's step}."""
     _, match_from = train.begin_of_matching(run.args, 0, 0)
     for step in steps():
         kind = "BOOT"

@@ -2,16 +2,16 @@
 
     python -m dev.figure                                    writes docs/boot.png
 
-All cells belong to one noise eps and one prompt. Columns are times, from T to 0. One should see three rows: the
-teacher's DDIM states x_t, which are noisy until the end; the Signal-ODE's states y_t of the same trajectory, which are
-never noisy; and the student g(eps, t), each cell of which is one pass, close to the y_t above it. Below is one step of
-training: the target for g(eps, s), made of g(eps, t) by one step of the teacher.
+All cells belong to one noise eps and one prompt. Columns are times, from T to 0. One should see three rows. The first
+has the teacher's DDIM states x_t, which are noisy until the end. The second has the states y_t of the Signal-ODE, on
+the same trajectory, which are never noisy. The third has the student g(eps, t): each cell is one pass, close to the y_t
+above it. Below them is one step of training: the teacher makes the target for g(eps, s) from g(eps, t).
 
 Latents are decoded as they are. x_t has about unit variance at every t, and the decoder shows its noise as coloured
 blobs. The student is tiny/student, which was trained by BOOT and then matched. Every fifth step of matching still has
 BOOT's losses, so its g(eps, t) follows y_t. Only g(eps, 0) is matched: it is sharper than BOOT alone makes it, and for
-other seeds it differs more from y_0. The step drawn is Euler's over one column, T / 6; train.py takes Heun's over T / 10.
-Needs matplotlib.
+other seeds it differs more from y_0. The step drawn is Euler's over one column, T / 6; train.py takes Heun's over
+T / 10. Needs matplotlib.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from plumbing.images import noise, to_pil
 from signal_ode import add_noise, signal_step, solve
 from student import load_student
 
-COLUMNS, STEPS = 7, 48      # of the figure; and of the teacher, of which every eighth state is shown
+COLUMNS = 7
+STEPS = 48                  # of the teacher; every eighth state is shown
 FROM = 2                    # the column where the step that is drawn starts
 ROWS = (("$x_t$", "the teacher's sampler, from\n$x_T = \\epsilon$: noisy until the end"),
         ("$y_t$", "its signal, the Signal-ODE:\nnever noisy"),
@@ -34,7 +35,7 @@ BLUE, GREY = "#0b5cad", "#555555"
 
 @torch.no_grad()
 def make_cells(prompt, seed):
-    """(times, rows, step): rows of PIL images, x_t, y_t and g(eps, t); and of one step, its x_t and its target."""
+    """(times, rows, step): the rows x_t, y_t and g(eps, t) of PIL images; the x_t and the target of one step."""
     student = load_student()
     teacher, w = student.teacher, student.pick_guidance()
     eps, condition, schedule = noise([seed], teacher.shape), teacher.encode([prompt]), teacher.schedule

@@ -4,9 +4,9 @@
     python -m dev.kill --processes 2 --kills 10             one of two at a time, which torchrun restarts; Linux
     python -m dev.kill --kills 2 -- --precision bf16        with options of train.py
 
-A run is small batches of the embedded teacher, with matching, and a checkpoint after every second step, so that many
-kills meet one. A moment is drawn from the length of an undisturbed run, its start included. One should see each kill,
-and at the end that every state was the same; otherwise the command names the run whose state differs, and fails.
+A run is of the embedded teacher, in small batches, with matching. It saves a checkpoint after every second step, so
+that many kills meet one. A moment is drawn from the length of an undisturbed run, its start included. One should see
+each kill, and at the end that every state was the same. If one differs, the command names its folder and fails.
 """
 
 import argparse

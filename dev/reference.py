@@ -1,4 +1,4 @@
-"""The loop that one would write on diffusers and transformers to train the same student, which train.py is timed beside.
+"""The loop that one would write on diffusers and transformers for the same training; train.py is timed beside it.
 
     loop = Loop(teacher, prompts, args)                     # args: train.py's, with all defaults resolved
     for step in range(args.steps):
@@ -25,7 +25,7 @@ from student import set_trainable
 
 class Loop:
     """teacher: our Teacher, of which it takes the folder, schedule, device and dtype. .networks: {name: network} of
-    what learns, by the names of train.py's checkpoints."""
+    what learns. The names are those of train.py's checkpoints."""
 
     def __init__(self, teacher, prompts, args):
         self.args, self.prompts = args, prompts
@@ -46,8 +46,8 @@ class Loop:
         set_trainable(student)
         self.networks = {"student": student, "critic": unet().to(self.device).train()}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
-        self.student_adam = adam([p for p in student.parameters() if p.requires_grad], args.lr)
-        self.critic_adam = adam(self.networks["critic"].parameters(), args.critic_lr)
+        self.adams = {"student": adam([p for p in student.parameters() if p.requires_grad], args.lr),
+                      "critic": adam(self.networks["critic"].parameters(), args.critic_lr)}
         self.ema = EMAModel(student.parameters(), decay=args.ema)
 
     def autocast(self):
@@ -83,9 +83,9 @@ class Loop:
         match, critic_learns = step >= self.match_from, step >= self.critic_from
         boot = not match or (step + 1) % train.BOOT_EVERY == 0
         rate, beta_1 = train.learning_rate(step, args, self.match_from), train.MATCH_BETA_1 if match else train.BETA_1
-        self.student_adam.param_groups[0] |= {"lr": rate, "betas": (beta_1, 0.99)}
-        self.student_adam.zero_grad()
-        self.critic_adam.zero_grad()
+        self.adams["student"].param_groups[0] |= {"lr": rate, "betas": (beta_1, 0.99)}
+        for adam in self.adams.values():
+            adam.zero_grad()
         for first in range(0, args.batch, args.micro_batch):
             samples = range(first, first + args.micro_batch)
             numbers, *drawn = train.draw(args.seed, step, samples, self.shape, schedule.T, len(self.prompts),
@@ -120,11 +120,7 @@ class Loop:
                     h = self.critic(add_noise(x, n, tau, schedule), tau, **condition)
                     L_C = critic_loss(x, h, tau, schedule)
                 (L_C.sum() / args.batch).backward()
-        self.update("student", self.student_adam)
-        if critic_learns:
-            self.update("critic", self.critic_adam)
+        for name, adam in self.adams.items():
+            torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), 1.0)
+            adam.step()                                     # not the critic's before it learns: it has no gradient
         self.ema.step(self.networks["student"].parameters())
-
-    def update(self, name, adam):
-        torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), 1.0)
-        adam.step()

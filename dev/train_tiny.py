@@ -7,7 +7,7 @@
 
 It takes about four hours on two cores. One should see a bar with the loss of each stage, and at the end of `reference`
 the judge's accuracy, 0.9 for garments and 1 for colours. The networks' configs are those in tiny/ of this repository.
-Change them there to train others. `--data` is the folder of the data set, if apt-get has not put it where it usually is.
+Change them there to train others.
 """
 
 import argparse
@@ -252,8 +252,8 @@ def train_judge(args):
 
 @torch.no_grad()
 def measure_reference(args):
-    """The judge on the real test split, each image in a random tint: 5,000 features, its accuracy, and how far the
-    same images are from themselves when they come out of the autoencoder."""
+    """The judge on the real test split, each image in a random tint. Writes 5,000 features and its accuracy, and the
+    Frechet distance of the images to what the autoencoder makes of them."""
     garments, numbers = read_split(args.data, "t10k")
     judge, config = load_judge(args.out / "judge")
     vae = load_module(VAE, args.out / "vae", "cpu", torch.float32)

@@ -1,8 +1,8 @@
 """On a GPU; without one these tests are skipped.
 
-- The teacher's clean predictions are the CPU's, in every precision (python -m dev.bench --agreement).
-- A run that is killed and resumed is bitwise the undisturbed one in half precision (python -m dev.kill). In fp32 cuDNN
-  adds in no fixed order.
+- The teacher's clean predictions are the CPU's in every precision.
+- A run that is killed and resumed is bitwise the undisturbed one in half precision. In fp32 it need not be, because
+  cuDNN adds in no fixed order.
 """
 
 import subprocess
