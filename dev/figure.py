@@ -10,7 +10,7 @@ above it. Below them is one step of training: the teacher makes the target for g
 Latents are decoded as they are. x_t has about unit variance at every t, and the decoder shows its noise as coloured
 blobs. The student is tiny/student, which was trained by BOOT and then matched. Every fifth step of matching still has
 BOOT's losses, so its g(eps, t) follows y_t. Only g(eps, 0) is matched: it is sharper than BOOT alone makes it, and for
-other seeds it differs more from y_0. The step drawn is Euler's over one column, T / 6; train.py takes Heun's over
+other seeds it differs more from y_0. The step drawn is Euler's over two columns, T / 3; train.py takes Heun's over
 T / 10. Needs matplotlib.
 """
 
@@ -26,9 +26,9 @@ from student import load_student
 
 COLUMNS = 7
 STEPS = 48                  # of the teacher; every eighth state is shown
-FROM = 2                    # the column where the step that is drawn starts
-ROWS = (("$x_t$", "the teacher's sampler, from\n$x_T = \\epsilon$: noisy until the end"),
-        ("$y_t$", "its signal, the Signal-ODE:\nnever noisy"),
+FROM, TO = 2, 4             # the columns between which a step is drawn
+ROWS = (("$x_t$", "the sampler's state, from $x_T = \\epsilon$,\ndecoded: noisy until the end"),
+        ("$y_t$", "the Signal-ODE, from $y_T = f(\\epsilon, T)$:\nnever noisy"),
         (r"$g(\epsilon, t)$", "the student: every cell\nis one pass from $\\epsilon$"))
 BLUE, GREY = "#0b5cad", "#555555"
 
@@ -43,7 +43,7 @@ def make_cells(prompt, seed):
     times = grid[::every]
     x, y = (solve(teacher.denoise, eps, grid, schedule, space=space, w=w, **condition)[::every] for space in "xy")
     g = [student(eps, t, **condition) for t in times]
-    t, s = times[FROM:FROM + 2]
+    t, s = times[FROM], times[TO]
     x_t = add_noise(g[FROM], eps, t, schedule)
     y_s = signal_step(g[FROM], teacher.denoise(x_t, t, w=w, **condition), t, s, schedule)
     *rows, step = (to_pil(teacher.decode(torch.cat(states))) for states in (x, y, g, [x_t, y_s]))
@@ -67,9 +67,9 @@ def draw(times, rows, step):
         axes.text(x, y, text, size=size, color=color, va="center", ha=ha, linespacing=1.3)
 
     names = [f"t = {t}" for t in times]
-    names[0], names[FROM + 1] = f"t = T = {times[0]}", f"s = {times[FROM + 1]}"
+    names[0], names[TO] = f"t = T = {times[0]}", f"s = {times[TO]}"
     for k, name in enumerate(names):
-        stepping = k in (FROM, FROM + 1)
+        stepping = k in (FROM, TO)
         write(k + 0.47, -0.15, name, color=BLUE if stepping else GREY, ha="center")
         for y, row in enumerate(rows):
             show(row[k], k, y)
@@ -81,19 +81,21 @@ def draw(times, rows, step):
         write(-2.2, y + 0.68, text)
 
     # One bootstrap step: g(eps, t) is noised, the teacher steps on from there, and g(eps, s) learns the result.
-    show(step[0], FROM - 1, 3.55)
-    show(step[1], FROM + 1, 3.55)
-    arrow((FROM + 0.3, 2.97), (FROM - 0.3, 3.53))
-    arrow((FROM - 0.02, 4.02), (FROM + 0.97, 4.02))
-    arrow((FROM + 1.47, 3.53), (FROM + 1.47, 2.98))
-    write(FROM + 0.3, 3.27, "noised to $x_t$\nby the same $\\epsilon$", color=BLUE)
-    write(FROM + 0.47, 3.87, "the teacher's", color=BLUE, ha="center")
-    write(FROM + 0.47, 4.17, "step", color=BLUE, ha="center")
-    write(FROM + 1.6, 3.25, "the bootstrap loss:\n$g(\\epsilon, s)$ learns the target", color=BLUE)
-    write(FROM + 2.03, 4.02, "the target for $g(\\epsilon, s)$:\n$y_t + (1 - r)\\,(f(x_t, t) - y_t)$\n"
+    show(step[0], FROM, 3.55)
+    show(step[1], TO, 3.55)
+    arrow((FROM + 0.47, 2.97), (FROM + 0.47, 3.53))
+    arrow((FROM + 0.98, 4.02), (TO - 0.03, 4.02))
+    arrow((TO + 0.47, 3.53), (TO + 0.47, 2.98))
+    write(FROM + 0.6, 3.25, "noised by the same $\\epsilon$:\n$x_t = \\alpha_t\\,g + \\sigma_t\\,\\epsilon$",
+          color=BLUE)
+    write(FROM + 1.47, 3.87, "the teacher's", color=BLUE, ha="center")
+    write(FROM + 1.47, 4.17, "step", color=BLUE, ha="center")
+    write(TO + 0.6, 3.25, "the bootstrap loss:\n$g(\\epsilon, s)$ learns the target", color=BLUE)
+    write(TO + 1.03, 4.02, "the target for $g(\\epsilon, s)$:\n$y_t + (1 - r)\\,(f(x_t, t) - y_t)$\n"
           "with $y_t = g(\\epsilon, t)$", color=BLUE)
-    arrow((0.47, 3.4), (0.47, 2.98))
-    write(0.85, 3.7, "the boundary loss:\n$g(\\epsilon, T)$ learns $f(\\epsilon, T)$", color=BLUE, ha="right")
+    arrow((0.47, 3.5), (0.47, 2.98))
+    write(0.47, 3.75, "the boundary loss:\n$g(\\epsilon, T)$ learns $f(\\epsilon, T)$,\nthe start of row $y_t$",
+          color=BLUE, ha="center")
     return figure
 
 
