@@ -1,26 +1,33 @@
-"""The measures have known values on known distributions; teacher and student paint what they are told."""
+"""tools.evaluate measures what it says, and tools.judge what it is asked.
+
+- The measures have known values on known distributions; the prompts cover all garments, and hold combinations out.
+- Teachers and shipped students make what they are told.
+- The teacher's rows are stored, each as soon as it is measured, and are not measured again. Those in tiny/ are its own:
+  at the student's scale, guided as in matching, at the best scale.
+- The table has these rows and the student's, its file the keys that others read, its sheet of images names.
+- The shipped student is nearer to real images than the teacher's fifty steps at the same scale, guided as usual.
+- A disk that cannot be written is a warning; a broken student is one sentence.
+- dev.train_tiny ships a student in the folder of its own teacher, and of no other.
+"""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import train
-from plumbing.files import read_json, write_json
-from plumbing.hub import TINY
+from conftest import TINY, copy_tiny, edit
+from plumbing.files import BadInput, read_json, write_json
 from plumbing.weights import WEIGHTS
-from plumbing.checkpoints import INFO, Saver
 from student import load_student
-from tools import study
-from tools.evaluate import STEPS, SWEEP, Evaluation, best_rows, combinations, drift, precision_recall, teacher_rows
+from tools.evaluate import (STEPS, SWEEP, Evaluation, best_rows, combinations, drift, limited_rows, precision_recall,
+                            store, teacher_rows)
 from tools.judge import frechet, moments, prompt
-from dev.kill import differences
 
 
+# ---------------------------------------------------------------------------------------------------------- measures
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randn(200_000, 3, generator=rng, dtype=torch.float64) for _ in "ab")
@@ -39,8 +46,15 @@ def test_precision_and_recall_tell_quality_from_coverage():
     assert precision > 0.95 and recall < 0.2 and precision_recall(far, real) == (0, 0)
 
 
+def test_drift_is_the_largest_change_of_a_channel():
+    aim = {"channel_mean": [0.1, 0.2, 0.3], "channel_std": [0.5, 0.5, 0.5]}
+    assert drift(aim, aim) == 0
+    assert drift(aim | {"channel_mean": [0.1, 0.24, 0.3]}, aim) == pytest.approx(0.04 * 127.5)
+    assert drift(aim | {"channel_std": [0.5, 0.5, 0.44]}, aim) == pytest.approx(0.06 * 127.5)
+
+
 def test_prompts_cover_every_garment_and_hold_combinations_out():
-    config = json.loads((TINY / "judge" / "config.json").read_text())
+    config = read_json(TINY / "judge" / "config.json")
     chosen = combinations(config, 5000, 0)
     assert all(c != b for _, c, b in chosen) and {g for g, _, _ in chosen} == set(config["garments"])
     held_out = {tuple(c) for c in config["held_out"]}
@@ -49,30 +63,64 @@ def test_prompts_cover_every_garment_and_hold_combinations_out():
     assert all(prompt(*c) in trained_on for c in chosen if c not in held_out)
 
 
-def test_interrupted_measurement_of_the_teacher_goes_on(tmp_path, monkeypatch):
-    """Real rows on 100 images of a copied teacher; a second call finds the first, measures the second."""
-    shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
-    monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
-    monkeypatch.setattr("tools.evaluate.EXACT", 10 * 256)
-    evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
-    calls, measure = [], evaluation.measure
-    evaluation.measure = lambda *args: calls.append(args[1]) or measure(*args)
-    rows, _, solution = teacher_rows(evaluation, [1, 2], fresh=False)
-    one, aim = rows[3.0, 1], rows[3.0, 2]
-    assert calls == ["DDIM-2, w = 3.0", "DDIM-1, w = 3.0"] and len(rows) == 2 and len(solution) == 10
-    assert aim["rmse"] < one["rmse"] and one["to_teacher"] > 10 > 1e-6 > abs(drift(aim, aim))
-    [stored] = (tmp_path / "tiny" / "evaluation").glob("*.json")
-    stored.write_text(json.dumps([aim]))
-    again, *_, same = teacher_rows(evaluation, [1, 2], fresh=False)
-    assert calls[2:] == ["DDIM-1, w = 3.0"] and again == rows and torch.equal(same, solution)
-    assert teacher_rows(evaluation, [1, 2], fresh=True)[0] == rows and len(calls) == 5
+@torch.no_grad()
+@pytest.mark.parametrize("folder", [TINY / "student", TINY / "pixel"])
+def test_teacher_and_shipped_student_make_what_they_are_told(folder):
+    evaluation = Evaluation(load_student(folder), 100, 3.0, seed=1)
+
+    def alignment(sampler):
+        row, _ = evaluation.measure(sampler, "")
+        return row["align_seen"]
+    teacher = alignment(evaluation.ddim(4))                                 # about as good as in fifty steps
+    assert teacher > 0.87 and alignment(evaluation.one_step()) > 0.95 * teacher
 
 
-def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
-    shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
+def test_the_teacher_can_be_guided_by_any_scale_and_as_in_matching():
+    evaluation = Evaluation(load_student(TINY / "student"), 100, 3.0, seed=2)
+    eps, condition = evaluation.inputs(slice(0, 2))
+    zero, one, three, usual, limited = (sampler(eps, **condition) for sampler in (
+        evaluation.ddim(1, 0.0), evaluation.ddim(1, 1.0), evaluation.ddim(1, 3.0), evaluation.ddim(1),
+        evaluation.ddim(1, limited=True)))
+    assert usual.equal(three) and not zero.allclose(one, atol=1e-3) and not one.allclose(three, atol=1e-3)
+    assert limited.allclose(one, atol=1e-4)                 # at the noise end there is no guidance,
+    two, none, usual = (evaluation.ddim(2, w, limited)(eps, **condition)
+                        for w, limited in ((3.0, True), (1.0, False), (3.0, False)))
+    assert not two.allclose(none, atol=1e-3) and not two.allclose(usual, atol=1e-3)         # but at T / 2 there is
+
+
+# ------------------------------------------------------------------------------------------------ the teacher's rows
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the embedded teacher and its judge, of which nothing is measured yet, and of which less is."""
     monkeypatch.setattr("tools.evaluate.STEPS", (1, 2))
     monkeypatch.setattr("tools.evaluate.SWEEP_STEPS", 1)
-    evaluation = Evaluation(load_student(TINY / "student", tmp_path / "tiny"), 100, 3.0, seed=2)
+    monkeypatch.setattr("tools.evaluate.EXACT", 2 * 256)
+    teacher = copy_tiny(tmp_path / "tiny")
+    shutil.copytree(TINY / "judge", teacher / "judge")
+    return teacher
+
+
+def test_a_row_is_stored_at_once_and_measured_once(copied):
+    evaluation = Evaluation(load_student(TINY / "student", copied), 100, 3.0, seed=2)
+    calls, measure = [], evaluation.measure
+    evaluation.measure = lambda *args: calls.append(args[1]) or measure(*args)
+    rows, reference, solution = teacher_rows(evaluation, [1, 2], fresh=False)
+    one, aim = rows[3.0, 1], rows[3.0, 2]
+    assert calls == ["DDIM-2 at w = 3.0", "DDIM-1 at w = 3.0"] and len(rows) == 2 and len(solution) == 2
+    assert aim["rmse"] < one["rmse"] and one["to_teacher"] > 10
+    [stored] = (copied / "evaluation").glob("*.json")
+    stored.write_text(json.dumps([aim]))                    # as an interrupted measurement leaves it
+    again, *_, same = teacher_rows(evaluation, [1, 2], fresh=False)
+    assert calls[2:] == ["DDIM-1 at w = 3.0"] and again == rows and torch.equal(same, solution)
+    for _ in range(2):
+        [limited] = limited_rows(evaluation, [2], reference, solution, fresh=False).values()
+        assert calls[3:] == ["DDIM-2 at w = 3.0, limited"] and limited["limited"] and not aim["limited"]
+        assert limited["frechet"] != aim["frechet"]
+    assert teacher_rows(evaluation, [1, 2], fresh=True)[0] == rows and len(calls) == 6
+
+
+def test_the_sweep_finds_the_teachers_best_scale_once(copied):
+    evaluation = Evaluation(load_student(TINY / "student", copied), 100, 3.0, seed=2)
     calls = []
 
     def measure(sampler, name, *against):
@@ -83,146 +131,109 @@ def test_the_sweep_finds_the_teachers_best_scale_once(tmp_path, monkeypatch):
         rows, *_ = teacher_rows(evaluation, [1, 2], fresh=False)
         [row] = best_rows(evaluation, rows, [1.0, 1.5, 2.0], fresh=False)
         assert (row["guidance"], row["steps"], row["nfe"]) == (1.5, 2, 4)
-    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (3.0, 1.0, 1.5, 2.0)), "DDIM-2, w = 1.5"]
+    assert calls == ["DDIM-2 at w = 3.0", *(f"DDIM-1 at w = {w}" for w in (3.0, 1.0, 1.5, 2.0)), "DDIM-2 at w = 1.5"]
     [row] = best_rows(evaluation, rows, [2.0], fresh=False)
-    assert row["guidance"] == 2.0 and calls[6:] == ["DDIM-2, w = 2.0"]
+    assert row["guidance"] == 2.0 and calls[6:] == ["DDIM-2 at w = 2.0"]
     assert best_rows(evaluation, rows, [3.0, 7.0], fresh=False) == []           # its own scale is the best
     best_rows(evaluation, rows, [2.0], fresh=True)
-    assert calls[7:] == ["DDIM-1, w = 7.0", "DDIM-2, w = 2.0"]
-    [stored] = (json.loads(path.read_text()) for path in (tmp_path / "tiny" / "evaluation").glob("*.json")
-                if '"guidance": 1.5' in path.read_text())
-    assert {(1.5, 2), (2.0, 2), (7.0, 1)} <= {(row["guidance"], row["steps"]) for row in stored}
+    assert calls[7:] == ["DDIM-1 at w = 7.0", "DDIM-2 at w = 2.0"]
 
 
-def test_a_scale_of_zero_is_a_scale():
-    evaluation = Evaluation(load_student(TINY / "student"), 100, 3.0, seed=2)
-    assert evaluation.ddim(1, 0.0).keywords["w"] == 0.0 and evaluation.ddim(1).keywords["w"] == 3.0
-
-
-def test_drift_is_the_largest_change_of_a_channel():
-    aim = {"channel_mean": [0.1, 0.2, 0.3], "channel_std": [0.5, 0.5, 0.5]}
-    assert drift(aim | {"channel_mean": [0.1, 0.24, 0.3]}, aim) == pytest.approx(0.04 * 127.5)
-    assert drift(aim | {"channel_std": [0.5, 0.5, 0.44]}, aim) == pytest.approx(0.06 * 127.5)
-
-
-def alignment(evaluation, sampler, images):
-    with torch.no_grad():
-        eps, condition = evaluation.inputs(slice(0, images))
-        pictures = evaluation.teacher.decode(sampler(eps, **condition))
-        answers = [a.argmax(1) for a in evaluation.judge.answers(evaluation.judge(pictures))]
-    labels = evaluation.labels[:images]
-    return (torch.stack(answers, 1)[:, :labels.shape[1]] == labels).all(1).float().mean().item()
-
-
-def test_pixel_teacher_and_its_shipped_student_paint_what_they_are_told():
-    evaluation = Evaluation(load_student(TINY / "pixel" / "student"), 200, 3.0, seed=1)
-    teacher = alignment(evaluation, evaluation.ddim(4), 200)
-    assert teacher > 0.9                                                    # as good as in ten steps or fifty
-    assert alignment(evaluation, evaluation.one_step(), 200) > 0.95 * teacher
-
-
-def test_teacher_and_shipped_student_paint_what_they_are_told():
-    student = load_student(TINY / "student")
-    evaluation = Evaluation(student, 200, student.guidance, seed=1)
-    teacher = alignment(evaluation, evaluation.ddim(25), 200)
-    assert teacher > 0.88
-    assert alignment(evaluation, evaluation.one_step(), 200) > 0.85 * teacher
-
-
-def test_stored_rows_are_this_teachers_and_meet_the_promise():
-    student = load_student(TINY / "student")
-    evaluation = Evaluation(student, 5000, student.guidance, seed=0)
+@pytest.mark.parametrize("folder, images, most", [(TINY / "student", 5000, 4), (TINY / "pixel", 2000, 8)])
+def test_stored_rows_are_this_teachers_and_keep_the_promise(folder, images, most):
+    evaluation = Evaluation(load_student(folder), images, 3.0, seed=0)
     evaluation.sample = None                                # what is stored is not measured again
-    rows, _, solution = teacher_rows(evaluation, STEPS, fresh=False)
+    rows, reference, solution = teacher_rows(evaluation, STEPS, fresh=False)
+    [limited] = limited_rows(evaluation, [50], reference, solution, fresh=False).values()
     [at_best] = best_rows(evaluation, rows, SWEEP, fresh=False)
-    rows = [rows[evaluation.w, k] for k in STEPS]
-    best = rows[-1]
-    assert at_best["frechet"] < best["frechet"] and solution.shape == (512, 4, 8, 8)
-    assert best["align_seen"] >= 0.9 and best["align_heldout"] >= 0.8
-    assert all(a["frechet"] > b["frechet"] for a, b in zip(rows, rows[1:4]))    # more steps, better pictures
+    rows = [rows[3.0, k] for k in STEPS]
+    fifty = rows[-1]
+    assert len(solution) == evaluation.num_exact >= 42 and at_best["frechet"] < fifty["frechet"]
+    assert limited["limited"] and limited["frechet"] < fifty["frechet"] and limited["recall"] > fifty["recall"]
+    assert fifty["align_seen"] >= 0.9 and (fifty["align_heldout"] or 1) >= 0.8
+    better = [row["frechet"] for row in rows if row["steps"] <= most]
+    assert better == sorted(better, reverse=True)           # more steps, better images
 
 
-def test_the_studys_rows_share_what_comes_before_matching(tmp_path, monkeypatch):
-    """Train.py takes every row, and no two are the same; each is measured once, and each prefix trained once."""
-    calls = []
-
-    def call(folder, threads, job, *args):
-        calls.append("evaluate" if "evaluate" in job else "prefix" if "until" in job else "train")
-        if "evaluate" in job:
-            return write_json(Path(job["result"]), {"frechet": 30.0 + len(calls), "aim": 28.9})
-        options = vars(train.parse_args(list(map(str, args))))
-        state = folder / "state" / f"step_{job.get('until', options['steps'])}"
-        state.mkdir(parents=True)
-        write_json(state / INFO, {"options": {name: str(value) for name, value in options.items()}})
-        return write_json(folder / "passes.json", {"passes": 1000 * len(calls)})
-    monkeypatch.setattr(study, "call", call)
-    rows = [study.measure(tmp_path, recipe, 0, 1) for recipe in study.RECIPES]
-    assert len({row["frechet"] for row in rows}) == len(rows) == calls.count("train") == calls.count("evaluate")
-    assert all(variant in study.VARIANTS for *_, variant in study.RECIPES)
-    assert calls.count("prefix") < len(rows) / 3
-    assert study.measure(tmp_path, study.RECIPES[0], 0, 1) == rows[0] and calls.count("train") == len(rows)
-    study.plot(tmp_path / "plot.png", rows)
-    assert Image.open(tmp_path / "plot.png").convert("L").getextrema()[0] < 100
+# ------------------------------------------------------------------------------------------------------- the command
+FIGURES = {"sampler", "steps", "nfe", "guidance", "limited", "frechet", "to_teacher", "drift", "channel_mean",
+           "channel_std", "precision", "recall", "align_seen", "align_heldout", "rmse", "images_per_s"}
 
 
-def test_a_row_of_the_study_is_the_run_of_its_options(call, tmp_path, monkeypatch):
-    """Bitwise, though it begins with a part that it shares with others. One that fails leaves the others alone."""
-    options = {"batch": 4, "steps": 6, "match-from": 0.67, "warmup": 1, "sample-every": 0}
-    monkeypatch.setattr(study, "BASE", options)
-    whole = [*study.flags(options | {"match-guidance": 0.5}), "--out", tmp_path / "whole"]
-    real = study.call
-
-    def call_but_not_to_evaluate(folder, threads, job, *args):
-        if "evaluate" not in job:
-            return real(folder, threads, job, *args)
-        return write_json(Path(job["result"]), {"frechet": 30.0})
-    monkeypatch.setattr(study, "call", call_but_not_to_evaluate)
-    threads = torch.get_num_threads()       # sums on other numbers of threads differ in the last bits
-    row = study.attempt(tmp_path, ("a row", {"match-guidance": 0.5}, ""), 0, threads)
-    assert row["frechet"] == 30.0 and len(list(tmp_path.glob("until-*"))) == 1
-    assert call("train", *whole)[0] == 0
-    [folder] = (path.parent for path in tmp_path.glob("*/recipe.json"))
-    a, b = (load_file(path / "student" / WEIGHTS) for path in (tmp_path / "whole", folder))
-    assert all(a[name].equal(b[name]) for name in a)
-    assert "a row failed" in str(study.attempt(tmp_path, ("another", {"batch": 3, "micro-batch": 2}, ""), 0, threads))
-
-
-MATCHED = ["--batch", 4, "--steps", 5, "--match-from", 0.6, "--warmup", 1, "--sample-every", 0, "--save-every", 3]
+@pytest.mark.slow
+def test_the_table_keeps_the_readmes_promise(run, tmp_path):
+    """The shipped student is better than the teacher's fifty steps, and the teacher's rows are not measured again."""
+    stored = sorted(path.name for path in (TINY / "evaluation").iterdir())
+    done = run("-m", "tools.evaluate", "--refine", 1, "--json", tmp_path / "e.json", timeout=600)
+    assert done.returncode == 0 and "measuring the teacher" not in done.stdout, done.stderr
+    assert sorted(path.name for path in (TINY / "evaluation").iterdir()) == stored
+    result = read_json(tmp_path / "e.json")
+    teacher = [("ddim", k, 2 * k, 3, False) for k in STEPS] + [("ddim", 50, 100, 3, True), ("ddim", 50, 100, 2, False)]
+    rows = result["rows"]
+    assert [(row["sampler"], row["steps"], row["nfe"], row["guidance"], row["limited"]) for row in rows] == [
+        *teacher, ("student", 1, 1, 3, False), ("student", 2, 3, 3, False)]
+    assert all(row.keys() >= FIGURES for row in rows)
+    assert result["images"] == 5000 and Image.open(tmp_path / "e.png").height == 8 * 96
+    *_, fifty, limited, at_best, one, refined = rows
+    assert refined["frechet"] < one["frechet"] < at_best["frechet"] and one["frechet"] < 0.9 * fifty["frechet"]
+    assert all(one[name] > 0.97 * fifty[name] for name in ("precision", "recall", "align_seen", "align_heldout"))
+    assert one["align_seen"] > limited["align_seen"] and one["frechet"] < 1.1 * limited["frechet"]
+    assert one["images_per_s"] > refined["images_per_s"] > fifty["images_per_s"]
 
 
-@pytest.fixture(scope="module")
-def default_run(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("default")
-    done = run("train.py", *MATCHED, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
+@pytest.fixture
+def quick(copied, tmp_path):
+    """Options of an evaluation that takes seconds, of a copy of the shipped student."""
+    student = shutil.copytree(TINY / "student", tmp_path / "student")
+    return ["--student", student, "--teacher", copied, "--images", 100, "--sweep"]
 
 
-@pytest.mark.parametrize("variant", study.VARIANTS)
-def test_every_variant_of_the_study_trains(call, tmp_path, monkeypatch, default_run, variant):
-    """From BOOT's first step to a matched one, to another end than the defaults; but the one that is watched keeps its
-    checkpoints' students instead."""
-    for name in ("match_time", "matching_loss", "boot_losses", "PATH_EVERY", "MATCH_BETA_1",
-                 "new_optimizer", "learning_rate"):
-        monkeypatch.setattr(train, name, getattr(train, name))              # to be put back
-    monkeypatch.setattr(Saver, "save", Saver.save)
-    study.VARIANTS[variant]()
-    assert call("train", *MATCHED, "--out", tmp_path)[0] == 0
-    [line] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert line["matching"] != 0 and ("bootstrap" in line) == (variant != "alone")
-    assert (tmp_path / "step_3" / "student.json").exists() == (variant == "watched")
-    assert bool(differences(tmp_path, default_run)) == (variant not in ("", "watched"))
+def test_the_table_its_file_and_its_sheet(call, quick, tmp_path):
+    found = []
+    for options in (), ("--limited", "--decoder", TINY / "decoder"):        # the decoder is for the student's row
+        code, printed, error = call("tools.evaluate", *quick, *options, "--json", tmp_path / "e.json")
+        assert code == 0 and "computed from one step and one decoding" in printed, error
+        found.append(read_json(tmp_path / "e.json"))
+        assert all(row.keys() >= FIGURES for row in found[-1]["rows"])
+    assert {"teacher", "student", "images", "guidance", "rows"} <= found[0].keys()
+    one, two = ([(row["sampler"], row["steps"], row["limited"]) for row in result["rows"]] for result in found)
+    assert one == [("ddim", 1, False), ("ddim", 2, False), ("ddim", 2, True), ("student", 1, False)]
+    assert two == [("ddim", 1, True), ("ddim", 2, True), ("ddim", 2, False), ("student", 1, False)]
+    one, two = ([row["frechet"] for row in result["rows"]] for result in found)
+    assert one[1:3] == two[2:0:-1] and one[3] != two[3]
+    sheet = Image.open(tmp_path / "e.png")
+    margin = sheet.width - 960                              # ten images a row, and its name left of them
+    assert margin > 40 and sheet.height == 96 * 3
+    for row in range(3):
+        name = sheet.crop((0, 96 * row, margin, 96 * (row + 1))).convert("L")
+        assert name.getextrema()[0] < 100 and name.getpixel((0, 0)) == 255
+
+
+def test_what_can_not_be_stored_is_printed_with_a_warning(call, quick, tmp_path):
+    (tmp_path / "tiny" / "evaluation").write_text("in the way")
+    (tmp_path / "student" / "evaluation.json").mkdir()
+    code, printed, error = call("tools.evaluate", *quick, "--steps", 2)
+    assert code == 0 and "student           1    3    1" in printed and error.count("measured, but not kept") == 4, error
+    with pytest.raises(BadInput, match="can't write"):      # a file that a person has named
+        store(write_json, tmp_path / "tiny" / "evaluation" / "e.json", {}, needed=True)
+
+
+def test_a_broken_student_is_one_sentence(call, quick, tmp_path):
+    path = tmp_path / "student" / WEIGHTS
+    weights = load_file(path)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.inf}, path)
+    code, _, error = call("tools.evaluate", *quick)
+    assert code == 2 and "the image of seed 0 is not finite, because of the network" in error, error
 
 
 def test_a_student_is_shipped_in_its_own_teachers_folder(call, tmp_path):
-    """In half precision; one of another teacher is refused, and nothing replaced."""
-    shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation", "student"))
-    ship = ["tools.train_tiny", "--stages", "student", "--out", tmp_path / "tiny", "--work", tmp_path / "work"]
+    out = copy_tiny(tmp_path / "tiny")
+    copy_tiny(out / "pixel", "pixel")
+    ship = ["dev.train_tiny", "--stages", "student", "--out", out, "--work", tmp_path / "work"]
     assert call(*ship, "--student", TINY / "student")[0] == 0
-    a, b = (load_file(folder / "student" / WEIGHTS) for folder in (TINY, tmp_path / "tiny"))
-    assert all(a[name].equal(b[name]) for name in a) and not (tmp_path / "tiny" / "pixel" / "student").exists()
-    assert read_json(tmp_path / "tiny" / "student" / "student.json") == read_json(TINY / "student" / "student.json")
-    scheduler = tmp_path / "tiny" / "scheduler" / "scheduler_config.json"
-    write_json(scheduler, read_json(scheduler) | {"beta_end": 0.013})
+    a, b = (load_file(folder / "student" / WEIGHTS) for folder in (TINY, out))
+    assert all(a[name].equal(b[name]) for name in a) and not (out / "pixel" / "student").exists()
+    assert read_json(out / "student" / "student.json") == read_json(TINY / "student" / "student.json")
+    edit(out / "scheduler" / "scheduler_config.json", beta_end=0.013)
     code, _, error = call(*ship, "--student", TINY / "student")
     assert code == 2 and "was made for another teacher" in error

@@ -73,11 +73,11 @@ def main():
     p.add_argument("run", type=Path, help="the folder that train.py writes, --out")
     p.add_argument("--out", type=Path, help="the PNG file (default: curves.png in the run's folder)")
     args = p.parse_args()
+    records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise BadInput("tools.curves needs matplotlib: pip install matplotlib") from None
-    records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
     steps = [record["step"] for record in records]
     figure = Figure(figsize=(14, 8), layout="constrained")
     times, losses, rates, speed = figure.subplots(2, 2).flat
