@@ -15,7 +15,7 @@ student makes too much or too little of something.
 The mean of || f - h ||^2 is, up to a factor, the Fisher divergence between the two noised distributions, provided that
 the critic is right. It depends on the student twice: through x_tau, and through the critic, which follows the student.
 We cannot differentiate through the critic's training. SiD's identity supplies that term: the mean of (f - h) . (h - x)
-is zero for every student with its own best critic, so its gradient at a fixed critic is the missing one.
+is zero for every student with its own best critic, so its gradient at a fixed critic is half of the missing term.
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
 The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), with a parameter alpha that is 1.2 as published and 1 here. Its
