@@ -15,12 +15,17 @@ student makes too much or too little of something.
 The mean of || f - h ||^2 is, up to a factor, the Fisher divergence between the two noised distributions, provided that
 the critic is right. It depends on the student twice: through x_tau, and through the critic, which follows the student.
 We cannot differentiate through the critic's training. SiD's identity supplies that term: the mean of (f - h) . (h - x)
-is zero for every student with its own best critic, so its gradient at a fixed critic is half of the missing term.
+is zero for every student with its own best critic, so its gradient at a fixed critic is half of the missing term. SiD
+weighs the two parts by a number a, as published 1 or 1.2 (it is called alpha there):
+
+    L = (1 - a) * || f - h ||^2 + (f - h) . (h - x)
+
+The exact gradient has a = 1/2. We take a = 1, which drops the first part.
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
-The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), with a parameter alpha that is 1.2 as published and 1 here. Its
-scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow (2511.19428) matches beside a path learned from noise alone.
-Limited guidance is from Kynkaanniemi et al. 2024 (2404.07724). Arguments and shapes are those of signal_ode.py.
+The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), and its scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow
+(2511.19428) matches beside a path learned from noise alone. Limited guidance is from Kynkaanniemi et al. 2024
+(2404.07724). Arguments and shapes are those of signal_ode.py.
 """
 
 import torch
@@ -31,11 +36,11 @@ LEAST_SIGNAL = 0.288        # alpha_tau from which on the teacher is guided: 0.7
 
 
 def identity_loss(x, f, h):
-    """L_M of each sample, (B,): SiD's loss with alpha = 1, in units of the teacher's own error.
+    """L_M of each sample, (B,): SiD's loss with a = 1, in units of the teacher's own error.
 
         L_M = (f - h) . (h - x) / stopgrad[ mean |x - f| ]
 
-    The identity is exact for a divisor that does not depend on x given x_tau. This one depends on it a little."""
+    The identity needs a divisor that depends on x_tau alone. Ours depends on x as well, so it holds only nearly."""
     return ((f - h) * (h - x) / error_unit(x, f)).flatten(1).mean(1)
 
 
@@ -76,7 +81,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
     clamped = h if clip is None else h.clamp(-1.5 * clip, 1.5 * clip)
     unit = error_unit(leaf, f)
     product = ((f - clamped) * (clamped - leaf) / unit).sum()       # a mean's gradient would underflow in fp16
-    with torch.autocast(x.device.type, enabled=False):              # a backward pass has the types of its forward pass
+    with torch.autocast(x.device.type, enabled=False):              # backward passes run outside autocast
         [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
     divergence = ((f - clamped).square() / unit).detach()
     return (divergence + gradient * (x - x.detach())).flatten(1).mean(1), h

@@ -10,7 +10,7 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
     eps               the initial Gaussian noise, fixed along one trajectory; the student's only image input
     t, s              times, whole numbers 0..T with s < t; t = 0 is the clean end, t = T the noise end
     alpha_t, sigma_t  signal and noise scale, alpha_t**2 + sigma_t**2 == 1
-    x_t               noisy sample; its noise is in general not eps
+    x_t               noisy sample; the noise that the teacher sees in it is in general not eps
     f                 the teacher's prediction of the clean sample, f(x_t, t), with guidance if there is any
     y_t               the signal part of x_t: y_t = (x_t - sigma_t * eps) / alpha_t
     lam(t)            log(sigma_t / alpha_t), which grows with t
@@ -20,8 +20,8 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
     i, x_i            the fixed time whose noise level the student's input has, and that input, sigma_i * eps
     w                 guidance scale; w = 1 is no guidance
 
-Times are int64 tensors (B,); where a function says so, ints. Samples are float32 or float64 tensors (B, ...), and
-|| . ||^2 is the mean of the squares over a sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ..., "w": ...}.
+Times are ints or int64 tensors (B,). Samples are float32 or float64 tensors (B, ...), and || . ||^2 is the mean of the
+squares over a sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ..., "w": ...}.
 """
 
 import torch
@@ -79,7 +79,7 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", **cond
 
 def boundary_loss(student, teacher, eps, schedule, **condition):
     """L_BC of each sample, (B,): || g(eps, T) - f(eps, T) ||^2 (section 3.2). It gives the ODE its initial value:
-    L_BS trains the student at s < t only, and never at T. It takes x_T for eps, as alpha_T is small."""
+    L_BS trains the student at s < t only, and never at T. Since alpha_T is small, eps stands in for x_T."""
     T = torch.full((len(eps),), schedule.T, device=eps.device)
     with torch.no_grad():
         f_T = teacher(eps, T, **condition)

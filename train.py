@@ -10,14 +10,19 @@ Run the same command again to resume. Ctrl-C saves and stops.
 
 The losses are in signal_ode.py and matching.py. Whatever is no part of the method is behind `run` (plumbing/run.py):
 
-    run.begin, restore, ready   lock the folder, find the last checkpoint; read it; say what begins
+    run.begin, restore, ready   lock the folder, find the last checkpoint; read it; say what begins, and note what is
+                                saved and sampled (the average)
     run.add                     make a network part of the checkpoint, sharded if asked; returns its Adam if it learns
     run.steps                   the steps still to be made, none with --dry-run; ends early on Ctrl-C
     run.micro_batches           this process's samples of a step, as ranges of their indices in the whole batch
-    run.memory_permitting       if memory runs out inside, the step begins again, with fewer samples at once
+    run.memory_permitting       if memory runs out inside, micro_batches clears the step's gradients and logged values,
+                                and starts the step again with smaller ranges
+    run.zero_grad, to_device    clear the step's gradients and logged values; move a tensor without waiting
     run.encode                  the conditions of prompts, by their indices
-    run.autocast, backward      mixed precision, without a cache of casts; a backward pass, scaled where fp16 needs it
-    run.log, remember           add to the step's logged values; note what is named if a loss is not finite
+    run.autocast                mixed precision; casts made under no_grad are not used again where a gradient is needed
+    run.backward                a backward pass, scaled where fp16 needs it
+    run.log, log_by_time        add to the step's logged values, or to those of each eighth of the times
+    run.remember                note what is named if a loss is not finite
     run.update, average         sum gradients over processes, clip each network's, step its Adam; move the average
     run.after                   stop if a loss is not finite; log, checkpoint and make samples where they are due
 """
@@ -48,8 +53,8 @@ DECAY = 0.6                 # The rate falls linearly over this last part of BOO
 MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's rate falls to it.
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
-BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas before matching.
-MATCH_BETA_1 = 0.0          # This is Adam's beta_1 in matching. Momentum would make critic and student lag.
+BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas.
+MATCH_BETA_1 = 0.0          # In matching, beta_1 is this. Momentum would make critic and student lag.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
@@ -197,8 +202,8 @@ def learning_rate(step, args, match_from):
 
 def begin_of_matching(args, start, critic_steps):
     """(critic_from, match_from): the steps from which the critic learns and the student is matched. The critic learns
-    alone for --warmup steps first, its head start. A run that goes on at the step `start` may have made critic_steps of
-    them. If --steps is changed on resuming, the beginning of matching moves with it, unless matching has begun."""
+    alone for --warmup steps first, its head start. critic_steps: how many steps it has learned when the run goes on at
+    the step `start`. If --steps is changed on resuming, matching begins elsewhere, unless it has begun already."""
     if not args.match:
         return args.steps, args.steps
     left = args.warmup - critic_steps                       # of the head start; below zero, matching has begun
@@ -263,7 +268,7 @@ def train(args, run):
                 eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
                 s = (t - delta).clamp(min=0)
                 condition = run.encode(indices)
-                if args.guidance != 1:                      # no guidance needs no unconditional pass
+                if args.guidance != 1:                      # w guides the teacher; a range's student and critic see it
                     condition["w"] = w
                 run.remember(times=t, matching_times=tau, guidance=w)
 
@@ -288,7 +293,7 @@ def train(args, run):
                         L_M, h = matching_loss(x, limited_teacher, critic, n, tau, schedule, teacher.clip, **condition)
                     L_M = L_M.sum() / args.batch
                     run.backward(args.match * L_M)
-                    run.log(matching=L_M)
+                    run.log(matching=L_M)                   # its value is || f - h ||^2; only its gradient is L_M's
                 elif critic_learns:
                     with run.autocast():
                         with torch.no_grad():
