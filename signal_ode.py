@@ -21,7 +21,7 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
     w                 guidance scale; w = 1 is no guidance
 
 Times are ints or int64 tensors (B,). Samples are float32 or float64 tensors (B, ...), and || . ||^2 is the mean of the
-squares over a sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ..., "w": ...}.
+squares over a sample's elements. A condition is the dict of a denoiser's other inputs by name, such as {"text": ...}.
 """
 
 import torch
