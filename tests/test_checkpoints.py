@@ -23,22 +23,14 @@ from plumbing.weights import read_tensors, remap_key
 from student import load_student, new_student
 from teacher import load_teacher
 
-PIXEL = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32],
-         "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": None, "sample_size": 16,
-         "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
-         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-SCHEDULER = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-             "clip_sample": True, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
-
-
 @pytest.fixture
 def pixel(tmp_path):
-    """A function: config changes -> the folder of a small pixel teacher with random weights, all at the root."""
+    """A function: config changes -> the folder of DDPM in small, with random weights, all at the root."""
     def make(**change):
-        source = tmp_path / "configs"
-        source.mkdir()
-        edit(source / "config.json", **PIXEL | change)
-        edit(source / "scheduler_config.json", **SCHEDULER)
+        source, published = tmp_path / "configs", CHECKPOINTS / "ddpm-cifar10-32"
+        small = {"sample_size": 16, "norm_num_groups": 8, "block_out_channels": [16, 16, 32, 32], "layers_per_block": 1}
+        edit(source / "config.json", **read_json(published / "unet" / "config.json") | small | change)
+        edit(source / "scheduler_config.json", **read_json(published / "scheduler" / "scheduler_config.json"))
         synthesise(source, tmp_path / "pixel")
         return tmp_path / "pixel"
     return make

@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "tools": [*TOP, "plumbing", "tools"], "lab": [*TOP, "plumbing", "tools", "lab"],
     "dev": [*TOP, "plumbing", "tools", "dev"]}
 PACKAGES = {"torch", "numpy", "einops", "safetensors", "huggingface_hub", "tqdm", "PIL"}
+DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef
+PROSE = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER
 NOT_OF_TRAIN = {"rank", "world", "lock", "disk", "scaler", "json"}
 
 
@@ -36,6 +38,10 @@ def files(*names):
 
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def tokens(path):
+    return tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
 
 
 def imported(path):
@@ -49,18 +55,12 @@ def imported(path):
 
 def code_lines(*paths):
     """How many lines of code files have, without blank lines, comments and docstrings."""
-    total, prose = 0, (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-                       tokenize.ENDMARKER)
+    total = 0
     for path in paths:
-        code, docstrings = set(), set()
-        for node in ast.walk(tree(path)):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if documented and ast.get_docstring(node):
-                docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-            if token.type not in prose:
-                code |= set(range(token.start[0], token.end[0] + 1))
-        total += len(code - docstrings)
+        documented = [node for node in ast.walk(tree(path)) if isinstance(node, DOCUMENTED) and ast.get_docstring(node)]
+        spans = [(token.start[0], token.end[0]) for token in tokens(path) if token.type not in PROSE]
+        prose = {line for node in documented for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+        total += len({line for first, last in spans for line in range(first, last + 1)} - prose)
     return total
 
 
@@ -129,9 +129,8 @@ def test_train_is_the_method_and_its_loop_is_read_in_one_go():
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "option"]
     options = [call.args[0].value for call in calls]
     assert "--teacher" in options and len(options) <= 26
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
-    words = {word for token in tokens if token.type == tokenize.NAME for word in token.string.lower().split("_")}
-    assert not words & NOT_OF_TRAIN
+    names = [token.string.lower() for token in tokens(path) if token.type == tokenize.NAME]
+    assert not NOT_OF_TRAIN & {word for name in names for word in name.split("_")}
 
 
 def test_readme_is_one_that_a_person_finishes():
