@@ -197,8 +197,8 @@ def test_damage_costs_one_sentence_at_most(call, originals, tmp_path, number):
     name = list(originals)[number % len(originals)]
     pattern, kind = DAMAGE[number // len(originals) % len(DAMAGE)]
     shutil.copytree(originals[name], copy, copy_function=link, ignore=NO_TEACHER if "teacher" in name else None)
-    paths = [p for p in sorted([copy, *copy.rglob(pattern)]) if p.is_dir() == (kind is made_a_file) and p.name != ".lock"]
-    path = rng.choice(paths)
+    paths = [p for p in sorted([copy, *copy.rglob(pattern)]) if p.is_dir() == (kind is made_a_file)]
+    path = rng.choice([p for p in paths if p.name != ".lock"])
     key = damage(pattern, kind, rng, path)
     command, options, left = choose_command(rng, name, copy, out, path.relative_to(copy))
     about = (f"DAMAGE_SEED={SEED} [{number}]: {name}, {path.relative_to(tmp_path)} {kind.__name__} {key}; "

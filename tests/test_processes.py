@@ -151,7 +151,7 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path, world):
     def prepare(rank):
         if rank == world - 1:
             train.boot_losses = short_of_memory(0, 2)
-    options = [*QUICK, "--batch", 4 * world, "--steps", 1]
+    options = [*QUICK, "--batch", 4 * world, "--steps", 1, "--solver", "euler", "--guidance", 1]
     codes, printed = train_forked(tmp_path / "tried", world, *options, prepare=prepare)
     assert codes == [0] * world and printed.count("memory ran out: from here on 2 samples at once") == 1, printed
     assert train_forked(tmp_path / "told", world, *options, "--micro-batch", 1)[0] == [0] * world
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_sentence(call, tmp_path, m
 
 # ------------------------------------------------------------------------------------------------ what can't be split
 @pytest.mark.parametrize("batch, message", [
-    (32, "--batch 32 does not divide over 3 processes: 30 or 33 does"),
+    (32, "--batch 32 does not divide over 3 processes: .*33 does"),
     (2, "--batch 2 does not divide over 3 processes: 3 does")])
 def test_a_batch_that_does_not_divide_is_told_what_does(batch, message):
     with pytest.raises(BadInput, match=message):

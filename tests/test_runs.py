@@ -18,7 +18,7 @@ import signal
 import stat
 import sys
 import warnings
-from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,12 +101,14 @@ def test_a_run_leaves_everything_and_says_where(finished):
 
 
 def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
+    """Also after a start with other options that has saved nothing, as one that ran out of memory."""
+    write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6})
     assert call("train", *RUN, "--samples", 0, "--out", tmp_path)[0] == 0
-    assert not differences(finished[0], tmp_path)
+    assert read_json(tmp_path / "config.json")["batch"] == 4 and not differences(finished[0], tmp_path)
 
 
 @pytest.mark.parametrize("options, warmup, steps", [
-    (QUICK, 1, 6), (QUICK, 0, 3), (QUICK, 50, 3),
+    (QUICK, 2, 5), (QUICK, 0, 3), (QUICK, 50, 3),
     *[pytest.param(RUN, warmup, 8, marks=pytest.mark.slow) for warmup in (0, 3, 50)]])
 def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, options, warmup, steps):
     """Before the critic begins, in its head start and after it, and where that is longer than the run. Only Ctrl-C is a
@@ -130,14 +132,14 @@ def test_half_precision_resumes_bitwise(tmp_path, monkeypatch, precision, dtype,
     """Its scale of the gradients, too, which overflow at first."""
     monkeypatch.setitem(PRECISION, precision, dtype)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
-    options = [*(RUN if dtype == torch.float16 else QUICK), "--precision", precision, "--match-from", 0, "--steps", 4]
+    options = [*(RUN if dtype == torch.float16 else QUICK), "--precision", precision, "--match-from", 0, "--steps", 3]
     assert train_forked(tmp_path / "whole", 1, *options)[0] == [0]
     for prepare in (signal_in_step(2, signal.SIGTERM), lambda rank: None):
         assert train_forked(tmp_path / "parts", 1, *options, prepare=prepare)[0] == [0]
     assert not differences(tmp_path / "whole", tmp_path / "parts")
     if scale:
         state = read_state(tmp_path / "whole")
-        assert state["scaler.scale"] < scale and state["student.step.conv_out.weight"] < 4 == state["critic_steps"]
+        assert state["scaler.scale"] < scale and state["student.step.conv_out.weight"] < 3 == state["critic_steps"]
 
 
 def test_every_is_for_checkpoints_and_sheets_and_no_samples_need_no_teacher(call, tmp_path, monkeypatch):
@@ -158,7 +160,7 @@ def test_a_dry_run_loads_and_checks_and_writes_nothing(call, tmp_path, monkeypat
     line = ["train", "--dry-run", "--teacher", teacher, "--out", tmp_path / "run"]
     code, printed, _ = call(*line)
     assert code == 0 and "1300 steps of 32, 32 at once" in printed
-    assert f"guidance 3.0, input time {input_time}, matched after 585" in printed
+    assert f"guidance 3.0, input time {input_time}, " in printed and " 585\n" in printed
     code, _, error = call(*line, "--prompts", tmp_path / "none.txt")
     assert code == 2 and "none.txt is missing" in error and not list(tmp_path.iterdir())
 
@@ -179,16 +181,11 @@ def test_another_start_may_change_the_options_that_leave_the_student_alone(call,
     assert read_json(two / "config.json")["every"] == 3 and max(checkpoints(two)) == 3
 
 
-def test_options_are_free_until_something_is_saved(call, tmp_path):
-    write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6})      # as an out-of-memory start leaves it
-    code, _, error = call("train", *QUICK, "--steps", 1, "--out", tmp_path)
-    assert code == 0 and read_json(tmp_path / "config.json")["batch"] == 2, error
-
-
 @pytest.mark.parametrize("options", [
-    "--guidance 1:6", "--solver euler", "--guidance 1", "--beta 0", "--negative-prompt bag", "--input-time 600",
-    "--num-steps 25", "--match 0", "--match 0.1", "--match-from 0.9", "--critic-lr 1e-3", "--precision bf16",
-    "--seed 1", "--lr 1e-3", "--warmup 2", "--ema 0.1", "--prompts {few}"])
+    "--guidance 1:6", "--solver euler", "--beta 0", "--negative-prompt bag", "--input-time 600", "--num-steps 25",
+    "--match 0.1", "--critic-lr 1e-3", "--ema 0.1", "--prompts {few}", *[pytest.param(option, marks=pytest.mark.slow)
+    for option in ("--guidance 1", "--match 0", "--match-from 0.9", "--precision bf16", "--seed 1", "--lr 1e-3",
+                   "--warmup 2")]])
 def test_every_option_makes_another_student(usual, tmp_path, options):
     (tmp_path / "few").write_text("bag\ncoat\n")
     options = options.format(few=tmp_path / "few").split()
@@ -203,16 +200,12 @@ def arguments(steps, warmup, lr=2.0, match=16.0, match_from=0.45):
     return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from)
 
 
-def test_learning_rate_warms_up_holds_and_decays_to_zero():
-    rates = [train.learning_rate(step, arguments(100, 10, match=0), 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9:41] == [2.0] * 32
-    assert rates[70] == pytest.approx(1.0) and 0 < rates[99] < 0.05
-
-
-def test_learning_rate_decays_to_that_of_matching_and_then_to_zero():
+def test_learning_rate_warms_up_holds_and_decays_to_that_of_matching_and_then_to_zero():
     rates = [train.learning_rate(step, arguments(150, 10), 100) for step in range(150)]
-    assert rates[9:41] == [2.0] * 32 and rates[70] == pytest.approx(1.2)
+    assert rates[0] == pytest.approx(0.2) and rates[9:41] == [2.0] * 32 and rates[70] == pytest.approx(1.2)
     assert rates[100:121] == pytest.approx([0.4] * 21) and rates[135] == pytest.approx(0.2) and 0 < rates[149] < 0.02
+    alone = [train.learning_rate(step, arguments(100, 10, match=0), 100) for step in range(100)]
+    assert alone[:41] == rates[:41] and alone[70] == pytest.approx(1.0) and 0 < alone[99] < 0.05
 
 
 def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
@@ -221,7 +214,7 @@ def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
     assert begin(arguments(40, 2, match_from=0), 0, 0) == (0, 2) and begin(arguments(100, 2), 15, 0) == (43, 45)
     assert begin(arguments(20, 2), 12, 0) == (12, 14)       # its head start comes first, even if that is late
     assert begin(arguments(40, 2), 20, 4) == begin(arguments(100, 2), 22, 6) == (18, 18)
-    with pytest.warns(UserWarning, match="40 steps end before the student is matched, after 50: give more --steps"):
+    with pytest.warns(UserWarning, match="40 steps end before .*, after 50: give more --steps"):
         assert begin(arguments(40, 50), 0, 0) == (0, 50)
 
 
@@ -316,11 +309,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(call, tmp_pat
 
 def test_room_for_three_checkpoints_is_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
     """Two of them are kept while a third is written."""
-    size, usage = sum(tensor.nbytes for tensor in read_state(two).values()), namedtuple("usage", "total used free")
+    size = sum(tensor.nbytes for tensor in read_state(two).values())
     there = sum(path.stat().st_size for path in two.rglob("*.safetensors"))
     for out, need in ((tmp_path / "new", 3 * size), (two, 3 * size - there)):
         for free, dry, expected in ((need - 1, [], 2), (need, ["--dry-run"], 0)):
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e9, 0, free))
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
             before = everything(tmp_path)
             code, _, error = call("train", *QUICK, "--steps", 9, "--out", out, *dry)
             assert code == expected and everything(tmp_path) == before, error
@@ -415,11 +408,6 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkey
     _, _, t, *_ = train.draw(0, 3, range(2), (3, 32, 32), 1000, 10, 3.0)
     assert code == 2 and f"bootstrap and grad_norm not finite at step 3 (times {t.tolist()}, ..." in error, error
     assert "guidance [3.0, 3.0]" in error and "lower --lr" in error and list(checkpoints(tmp_path)) == [3]
-
-
-def test_a_run_that_explodes_keeps_its_checkpoint(call, tmp_path):
-    code, _, error = call("train", *QUICK, "--steps", 5, "--out", tmp_path, "--lr", 10, "--every", 1)
-    assert code == 2 and "not finite at step " in error and error.count("error: ") == 1, error
     assert all(tensor.isfinite().all() for tensor in student(tmp_path).values())
 
 
