@@ -106,15 +106,15 @@ def test_a_row_is_stored_at_once_and_measured_once(copied):
     evaluation.measure = lambda *args: calls.append(args[1]) or measure(*args)
     rows, reference, solution = teacher_rows(evaluation, [1, 2], fresh=False)
     one, aim = rows[3.0, 1], rows[3.0, 2]
-    assert calls == ["DDIM-2 at w = 3.0", "DDIM-1 at w = 3.0"] and len(rows) == 2 and len(solution) == 2
+    assert calls == ["DDIM-2, w = 3.0", "DDIM-1, w = 3.0"] and len(rows) == 2 and len(solution) == 2
     assert aim["rmse"] < one["rmse"] and one["to_teacher"] > 10
     [stored] = (copied / "evaluation").glob("*.json")
     stored.write_text(json.dumps([aim]))                    # as an interrupted measurement leaves it
     again, *_, same = teacher_rows(evaluation, [1, 2], fresh=False)
-    assert calls[2:] == ["DDIM-1 at w = 3.0"] and again == rows and torch.equal(same, solution)
+    assert calls[2:] == ["DDIM-1, w = 3.0"] and again == rows and torch.equal(same, solution)
     for _ in range(2):
         [limited] = limited_rows(evaluation, [2], reference, solution, fresh=False).values()
-        assert calls[3:] == ["DDIM-2 at w = 3.0, limited"] and limited["limited"] and not aim["limited"]
+        assert calls[3:] == ["DDIM-2, w = 3.0, limited"] and limited["limited"] and not aim["limited"]
         assert limited["frechet"] != aim["frechet"]
     assert teacher_rows(evaluation, [1, 2], fresh=True)[0] == rows and len(calls) == 6
 
@@ -131,12 +131,12 @@ def test_the_sweep_finds_the_teachers_best_scale_once(copied):
         rows, *_ = teacher_rows(evaluation, [1, 2], fresh=False)
         [row] = best_rows(evaluation, rows, [1.0, 1.5, 2.0], fresh=False)
         assert (row["guidance"], row["steps"], row["nfe"]) == (1.5, 2, 4)
-    assert calls == ["DDIM-2 at w = 3.0", *(f"DDIM-1 at w = {w}" for w in (3.0, 1.0, 1.5, 2.0)), "DDIM-2 at w = 1.5"]
+    assert calls == ["DDIM-2, w = 3.0", *(f"DDIM-1, w = {w}" for w in (3.0, 1.0, 1.5, 2.0)), "DDIM-2, w = 1.5"]
     [row] = best_rows(evaluation, rows, [2.0], fresh=False)
-    assert row["guidance"] == 2.0 and calls[6:] == ["DDIM-2 at w = 2.0"]
+    assert row["guidance"] == 2.0 and calls[6:] == ["DDIM-2, w = 2.0"]
     assert best_rows(evaluation, rows, [3.0, 7.0], fresh=False) == []           # its own scale is the best
     best_rows(evaluation, rows, [2.0], fresh=True)
-    assert calls[7:] == ["DDIM-1 at w = 7.0", "DDIM-2 at w = 2.0"]
+    assert calls[7:] == ["DDIM-1, w = 7.0", "DDIM-2, w = 2.0"]
 
 
 @pytest.mark.parametrize("folder, images, most", [(TINY / "student", 5000, 4), (TINY / "pixel", 2000, 8)])
@@ -213,7 +213,8 @@ def test_what_can_not_be_stored_is_printed_with_a_warning(call, quick, tmp_path)
     (tmp_path / "tiny" / "evaluation").write_text("in the way")
     (tmp_path / "student" / "evaluation.json").mkdir()
     code, printed, error = call("tools.evaluate", *quick, "--steps", 2)
-    assert code == 0 and "student           1    3    1" in printed and error.count("measured, but not kept") == 4, error
+    assert code == 0 and "student           1    3    1" in printed, error
+    assert error.count("measured, but not kept") == 4
     with pytest.raises(BadInput, match="can't write"):      # a file that a person has named
         store(write_json, tmp_path / "tiny" / "evaluation" / "e.json", {}, needed=True)
 

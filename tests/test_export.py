@@ -1,6 +1,6 @@
 """What tools.export writes, opened by the stock pipelines of the reference library.
 
-- An exported student makes sample.py's images, to 1 of 255: of text, of pixels, with a range of guidance, from one file.
+- An exported student makes sample.py's images, to 1 of 255: of text, of pixels, of a range of guidance, from one file.
 - It has the teacher's config and keys; its schedule ends at the student's input time, whatever the betas.
 - A LoRA of full rank makes the teacher the student; one of a lower rank says how far off it is.
 - Its README.md has lines of code that run. A push uploads the whole folder; a failed one says what to do.

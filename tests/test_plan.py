@@ -3,24 +3,19 @@
 - Its operations are those of real steps, of every kind.
 - Its memory is what a run takes, within 15%.
 - It plans for GPUs that are not here, and for several processes with sharding.
-- It reads no weights: a plan for Stable Diffusion needs no memory for it.
+- It needs no memory for the networks: their tensors have no values.
 """
 
 import json
-import math
 import re
-import shutil
-import struct
 import sys
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from conftest import CHECKPOINTS
-from plumbing.files import read_json
 from plumbing.run import Run
 from tools.plan import CPU_ATTENTION, Ledger, Plan, kinds_of_steps
 
@@ -65,6 +60,8 @@ def test_operations_are_those_of_the_steps(call, tmp_path, monkeypatch, teacher)
     assert sorted(step for steps, _ in kinds for step in steps) == list(range(11))
     for steps, flops in kinds:
         assert {counted[step] for step in steps} == {4 * sum(flops.values())} and sum(flops.values()) > 1e8
+    networks = plan.networks | plan.whole
+    assert all(isinstance(p, FakeTensor) for network in networks.values() for p in network.parameters())
 
 
 def figures(printed):
@@ -91,35 +88,8 @@ def test_a_plan_is_for_any_device_and_number_of_processes(call, tmp_path):
     code, two, error = call("tools.plan", *options, "--processes", 2, "--shard", "--tflops", 50)
     assert code == 0 and "2 processes x 1 micro-batches x 16 samples" in two and not (tmp_path / "run").exists(), error
     one, two = figures(one), figures(two)
-    for part in ("teacher", "ema", "Adam"):
+    for part in ("teacher", "ema", "Adam", "gradients"):
         assert two[part] == pytest.approx(one[part] / 2, abs=0.0006), part
-    assert two["gradients"] == one["gradients"] and two["gathered"] > 0
+    assert two["gathered"] > 0
     code, _, error = call("tools.plan", *options, "--shard")
     assert code == 2 and "give --processes" in error
-
-
-def write_sparse(path, tensors):
-    """A safetensors file of these tensors, {name: (dtype, shape)}, all zeros, which take no room on the disk."""
-    header, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + math.prod(shape) * {"F32": 4, "F16": 2, "I64": 8}[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(file.tell() + end)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files may take their room on the disk")
-def test_a_plan_for_stable_diffusion_reads_no_weights(run, tmp_path):
-    folder = shutil.copytree(CHECKPOINTS / "sd21-base", tmp_path / "sd21")
-    shutil.copytree(CHECKPOINTS / "clip-tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    for name, manifest in read_json(folder / "manifest.json").items():
-        write_sparse(folder / name, manifest["tensors"])
-    code = ("import resource, runpy; runpy.run_module('tools.plan', run_name='__main__'); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = run("-c", code, "--teacher", folder, "--device", "cuda", timeout=1200)
-    assert done.returncode == 0, done.stderr
-    assert figures(done.stdout)["together"] == pytest.approx(51.2, abs=0.5)         # 54.0 GB were measured on an H200
-    assert int(done.stdout.split()[-1]) < 1e6                                       # kB

@@ -6,12 +6,19 @@
     python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again too, half an hour
     python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
-The teacher is guided by the student's scale w, at all times. Its fifty steps have two more rows. In one it is guided as
-in matching, only where alpha_t >= 0.288 ("limited"): a matched student learned from that teacher. In the other it is
-guided by the scale at which its Frechet distance is smallest. The teacher's rows are measured once for each scale, seed
-and number of images, and are stored in its folder.
+The teacher is guided by the student's scale w, at all times. Its fifty steps have two more rows. In the one called
+"limited" it is guided as in matching, only where alpha_t >= 0.288; a matched student learned from that teacher. In the
+other it is guided by the scale at which its Frechet distance is smallest. The teacher's rows are measured once for each
+scale, seed and number of images, and are stored in its folder. The columns:
 
-images_per_s is not timed row by row. It is computed from one step and one decoding, which are timed on this machine.
+    w, nfe                      guidance scale; network passes an image
+    frechet                     Frechet distance to real test images, by the features of tools.judge
+    to_teacher, drift           from the teacher's fifty steps, guided at all times: the Frechet distance, and the
+                                largest change of a channel's mean or standard deviation, in 1/255
+    precision, recall           share of the images that look like real ones, and of real ones that look like an image
+    align_seen, align_heldout   share of the images with all attributes right, for prompts of the training and others
+    rmse                        to the Signal-ODE's solution from the same noise, for the first few hundred noises
+    images_per_s                not timed row by row, but computed from one step and one decoding, timed just now
 """
 
 import argparse
@@ -45,16 +52,7 @@ SWEEP, SWEEP_STEPS = (1.0, 1.5, 2.0, 2.5), 10               # scales among which
 EXACT = 2**17                               # numbers of the exact solutions that are stored to measure rmse against
 COLUMNS = {"frechet": ".2f", "to_teacher": ".2f", "drift": ".1f", "precision": ".3f", "recall": ".3f",
            "align_seen": ".1%", "align_heldout": ".1%", "rmse": ".4f", "images_per_s": ".1f"}
-LEGEND = f"""
-limited        the teacher is guided only where alpha_t >= {LEAST_SIGNAL}, as in matching
-frechet        distance to {{real}} real test images; two halves of those are {{halves:.1f}} apart
-to_teacher     Frechet distance to the teacher's {STEPS[-1]} steps, guided at all times
-drift          from the same steps: the largest change of a channel's mean or standard deviation, in 1/255
-precision      share of the images that look like a real one; recall: share of the real ones that look like an image
-align_seen     share of the images with all attributes right, for the prompts of the training; align_heldout: for others
-rmse           distance to the Signal-ODE's solutions from the first {{exact}} noises
-images_per_s   computed from one step and one decoding, timed now
-""".strip()
+COLUMNS_EXPLAINED = __doc__.partition("The columns:\n\n")[2].rstrip()
 
 
 def judge_folder(teacher):
@@ -204,8 +202,8 @@ def add_row(evaluation, rows, path, w, steps, reference=None, solution=None, lim
     measurement goes on. Returns the moments of its features, if it was measured."""
     if (w, steps) in rows:
         return None
-    name = f"DDIM-{steps} at w = {w}{', limited' if limited else ''}"
-    print(f"measuring the teacher's {name} on {len(evaluation.seeds)} images, for {path.parent}", flush=True)
+    name = f"DDIM-{steps}, w = {w}{', limited' if limited else ''}"
+    print(f"measuring the teacher on {len(evaluation.seeds)} images, for {path.parent}: {name}", flush=True)
     row, own = evaluation.measure(evaluation.ddim(steps, w, limited), name, reference, solution)
     rows[w, steps] = {"sampler": "ddim", "guidance": w, "limited": limited, "steps": steps,
                       "nfe": passes(steps, w)} | row
@@ -214,9 +212,9 @@ def add_row(evaluation, rows, path, w, steps, reference=None, solution=None, lim
 
 
 def teacher_rows(evaluation, steps, fresh):
-    """(rows, reference, solution) of the teacher, guided at all times by the student's scale: its rows by (w, steps),
-    of these numbers of steps and of the most; the moments of its features in the most; exact samples of the first
-    noises."""
+    """(rows, reference, solution) of the teacher, guided at all times by the student's scale. `rows`: by (w, steps), for
+    these numbers of steps and for the most. `reference`: the moments of its features in the most steps. `solution`:
+    exact samples of the first noises."""
     w, most = evaluation.w, STEPS[-1]
     path = stored(evaluation, w, evaluation.num_exact)
     path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
@@ -244,9 +242,9 @@ def limited_rows(evaluation, steps, reference, solution, fresh):
 
 
 def best_rows(evaluation, rows, sweep, fresh):
-    """The teacher in the most steps at the best of the scales of a sweep: one row, or none where that is the student's
-    scale. If the sweep has one scale, that is taken. If it has several, they are compared in SWEEP_STEPS steps with the
-    student's scale, of which `rows` has the row."""
+    """The teacher's row in the most steps at the best scale of a sweep; no row if that is the student's scale. If the
+    sweep has one scale, that is taken. If it has several, they are compared in SWEEP_STEPS steps with the student's
+    scale, which `rows` has."""
     w, path = evaluation.w, stored(evaluation, "sweep").with_suffix(".json")
     others, swept = [scale for scale in sweep if scale != w], read_rows(path)
     if fresh:
@@ -333,12 +331,12 @@ def parse_args():
     return p.parse_args()
 
 
-def check_options(args, student):
+def check_options(args, student, w):
     """Raise BadInput for options that this student's teacher does not take."""
     most = student.teacher.schedule.T // REFINE_FROM
     if args.images < 100:
         raise BadInput(f"--images {args.images} is too few for a covariance of 64 features; give 100 or more")
-    if args.limited and student.pick_guidance(args.guidance) == 1:
+    if args.limited and w == 1:
         raise BadInput("--limited changes nothing at w = 1, which is no guidance")
     for k in args.refine:
         if not 0 < k <= most:
@@ -369,7 +367,7 @@ def main():
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:
         args.images = 2000 if teacher.vae is None else 5000
-    check_options(args, student)
+    check_options(args, student, w)
     evaluation = Evaluation(student, args.images, w, args.seed)
     student_images = evaluation.images(evaluation.one_step())   # first: a broken student is known before the others
     rows, aim, reference, solution = all_teacher_rows(evaluation, args)
@@ -392,11 +390,11 @@ def main():
     for row in rows:
         row["drift"] = drift(row, aim)
 
-    print(f"{args.images} images, w = {w}\n{table(rows)}")
+    print(f"{args.images} images, w = {w}\n{table(rows)}\n{COLUMNS_EXPLAINED}")
     halves = frechet(*(moments(evaluation.real[half::2]) for half in (0, 1)))
-    print(LEGEND.format(real=len(evaluation.real), halves=halves, exact=len(solution)))
+    print(f"two halves of the {len(evaluation.real)} real test images: frechet {halves:.1f}")
     if teacher.vae is not None and "autoencoder" in evaluation.config:
-        print(f"real images through the autoencoder alone: frechet {evaluation.config['autoencoder']:.1f}")
+        print(f"real test images through the autoencoder alone: frechet {evaluation.config['autoencoder']:.1f}")
     accuracy = evaluation.config["accuracy"]
     print(f"the judge is right about real test images: {', '.join(f'{k} {v:.1%}' for k, v in accuracy.items())}")
     path = Path(args.student)

@@ -46,10 +46,10 @@ NEITHER = {"feature_extractor": [None, None], "image_encoder": [None, None], "re
 # ------------------------------------------------------------------------------------------------------- folding
 @torch.no_grad()
 def fold(network, w=None):
-    """{name: tensor} of a student's network at target time 0, float32, without the layers that a teacher lacks: the
-    embedding of the target time and, if a scale w is given, that of guidance. For every input the result is the same up
-    to rounding. If guidance stays an input, the features of it that this code leaves out get weights of zero, because
-    other programs do not leave them out."""
+    """{name: tensor} of a student's network at target time 0, float32. The layers that a teacher lacks are folded into
+    others: the embedding of the target time and, if a scale w is given, that of guidance. For every input the network's
+    output is the same up to rounding. If guidance stays an input, this code leaves some of its features out, and other
+    programs do not. So these features get weights of zero."""
     tensors = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
     slot, time = f"{target_slot(network.settings)}_embedding", network.time_embedding
     target = copy.deepcopy(network.get_submodule(slot)).cpu().double()
@@ -134,9 +134,9 @@ def time_embedding(tensors, student):
 
 @torch.no_grad()
 def make_lora(tensors, student, rank, dtype=torch.float32):
-    """(lora, made), both {name: tensor}: a LoRA that makes the teacher's network the student's, and the weights that it
-    makes of the teacher's. tensors: the student's, folded. rank: of all its matrices, because programs disagree about
-    LoRAs with several; 0 is the full one. dtype: of the file."""
+    """(lora, made), both {name: tensor}: a LoRA for the teacher's network, and the weights that result from it. At full
+    rank they are the student's. `tensors`: the student's, folded. `rank`: of all matrices, because programs disagree
+    about LoRAs with several ranks; 0 is the full one. `dtype`: of the file."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
@@ -161,8 +161,8 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
 
 @torch.no_grad()
 def lora_error(tensors, made, student):
-    """(RMS, maximum) over the pixels of a few images, in 1/255, of what the weights `made` change of the student's
-    images. tensors, made: {name: tensor} of both in the teacher's architecture."""
+    """How much the images of a LoRA differ from the student's: (RMS, maximum) over the pixels of a few, in 1/255.
+    `tensors`, `made`: {name: tensor} of the student and of the LoRA, in the teacher's architecture."""
     teacher, i = student.teacher, student.input_time
     prompts = training_prompts(teacher)
     eps = noise(range(COMPARED), teacher.shape).to(teacher.device)
@@ -200,8 +200,9 @@ def save_text_parts(out, teacher, vae_folder, dtype):
 
 
 def export(student, args):
-    """Write the student to the folder args.out. Returns the pipeline that opens it, or None, and the LoRA's error, or
-    None. The student's teacher decodes by --decoder from now on. Raises BadInput, before anything is written."""
+    """Write the student to the folder args.out. Returns (pipeline, error): the pipeline that opens the folder and the
+    LoRA's error, or None for either. From now on the student's teacher decodes by --decoder. Raises BadInput before
+    anything is written."""
     teacher, i, out, dtype = student.teacher, student.input_time, args.out, PRECISION[args.precision]
     config = read_json(teacher.unet_folder / "config.json")
     tensors, files, error = fold(student.network, args.guidance), {}, None

@@ -4,7 +4,7 @@
     save_file(tensors, "model.safetensors")
 
 The names are those of the modules in CompVis/stable-diffusion and, for the text encoder of SD 2.x, in
-mlfoundations/open_clip. No value changes on the way, and a shape does only in the attention of VAE and OpenCLIP.
+mlfoundations/open_clip. No value changes. Shapes change in the attention of the VAE and of OpenCLIP only.
 """
 
 import re
@@ -14,8 +14,8 @@ import torch
 from plumbing.configs import check
 from plumbing.files import BadInput, parsing
 
-# The U-Net's modules outside its levels, {ours: theirs}, with the dot that ends a module's name. Their numbers are
-# places in an nn.Sequential, in which a SiLU, that has no weights, takes one, too.
+# The U-Net's modules outside its levels, {ours: theirs}, with the dot that ends a module's name. Their numbers count
+# the entries of an nn.Sequential, of which the SiLUs have no weights.
 UNET = {"conv_in.": "input_blocks.0.0.", "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.", "mid_block.resnets.0.": "middle_block.0.",
         "mid_block.attentions.0.": "middle_block.1.", "mid_block.resnets.1.": "middle_block.2.",
@@ -25,14 +25,14 @@ UNET = {"conv_in.": "input_blocks.0.0.", "time_embedding.linear_1.": "time_embed
 RESNET = {"norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.",
           "norm2.": "out_layers.0.", "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection."}
 
-# Parts of the VAE's names, replaced in this order
+# Parts of the VAE's names, replaced in this order.
 VAE = {"mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.",
        "mid_block.attentions.0.": "mid.attn_1.", "down_blocks.": "down.", "up_blocks.": "up.", "resnets.": "block.",
        "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.", "conv_shortcut.": "nin_shortcut.",
        "conv_norm_out.": "norm_out.", "group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.",
        "to_out.0.": "proj_out."}
 
-# Parts of the text encoder's names in SD 2.x, replaced in this order; q_proj stands for q_proj, k_proj and v_proj
+# Parts of the text encoder's names in SD 2.x, replaced in this order. q_proj stands for q_proj, k_proj and v_proj.
 OPEN_CLIP = {"text_model.embeddings.position_embedding.weight": "positional_embedding",
              "text_model.embeddings.token_embedding.": "token_embedding.", "text_model.final_layer_norm.": "ln_final.",
              "text_model.encoder.layers.": "transformer.resblocks.", "layer_norm": "ln_",
@@ -47,14 +47,14 @@ def replaced(name, parts):
 
 
 def unet_modules(config):
-    """{our module: theirs} of the U-Net of a config. The original counts through all levels what gives a skip
-    (input_blocks) and what takes one (output_blocks). An attention has the number of the resnet before it, and an
-    upsampler, which takes no skip, that of the last resnet of its level."""
+    """{our module: theirs} of the U-Net of a config. The original numbers the modules that give a skip (input_blocks)
+    and those that take one (output_blocks) through all levels. An attention has the number of the resnet before it. An
+    upsampler takes no skip, and has the number of the last resnet of its level."""
     modules, levels = dict(UNET), range(len(config["block_out_channels"]))
     layers = config.get("layers_per_block", 2)
     layers = [layers for _ in levels] if isinstance(layers, int) else layers
 
-    n = 1                                                   # the first skip, input_blocks.0, is that of conv_in
+    n = 1                                                   # input_blocks.0 is conv_in, which gives the first skip
     for level in levels:
         for j in range(layers[level]):
             modules[f"down_blocks.{level}.resnets.{j}."] = f"input_blocks.{n}.0."
@@ -69,7 +69,7 @@ def unet_modules(config):
             modules[f"up_blocks.{block}.resnets.{j}."] = f"output_blocks.{n}.0."
             modules[f"up_blocks.{block}.attentions.{j}."] = f"output_blocks.{n}.1."
             n += 1
-        place = 2 if "Attn" in kind else 1                  # behind the attention, if there is one
+        place = 2 if "Attn" in kind else 1                  # after the attention, if there is one
         modules[f"up_blocks.{block}.upsamplers.0."] = f"output_blocks.{n - 1}.{place}."
     return modules
 
@@ -89,8 +89,8 @@ def original_unet(unet, config):
 
 
 def original_vae(vae):
-    """The VAE's tensors by their original names. There the decoder's levels, too, count from the full resolution, and
-    the attention's projections (C, C) are convolutions (C, C, 1, 1)."""
+    """The VAE's tensors by their original names. The original counts the decoder's levels from the full resolution,
+    too, and its attention's projections (C, C) are convolutions (C, C, 1, 1)."""
     tensors, last = {}, max(int(level) for name in vae for level in re.findall(r"up_blocks\.(\d+)", name))
     for name, tensor in vae.items():
         if ".to_" in name and name.endswith("weight"):
@@ -101,7 +101,7 @@ def original_vae(vae):
 
 
 def open_clip(text):
-    """The text encoder's tensors by OpenCLIP's names. There queries, keys and values are one matrix (3 * D, D)."""
+    """The text encoder's tensors by OpenCLIP's names, where queries, keys and values are one matrix (3 * D, D)."""
     tensors = {}
     for name, tensor in text.items():
         if ".q_proj." in name:
@@ -112,10 +112,10 @@ def open_clip(text):
 
 
 def single_file(unet, vae, text_encoder, config):
-    """{name: tensor} as in the original checkpoints of Stable Diffusion 1.x and, where the text is 1024 wide, 2.x.
-    unet, vae, text_encoder: {name: tensor} under the names of model.py; config: the published one of the U-Net.
-    What such a file has no place for, its reader takes from a config of its own, or from Stable Diffusion: the schedule
-    and what the U-Net predicts, the numbers of heads and groups, the scale of the latents.
+    """{name: tensor} as in the original checkpoints of Stable Diffusion 1.x or, if the text is 1024 wide, of 2.x.
+    `unet`, `vae`, `text_encoder`: {name: tensor} under the names of model.py. `config`: the U-Net's published one.
+    Such a file has no place for the schedule, for what the U-Net predicts, for the numbers of heads and groups, and for
+    the scale of the latents. Its readers have configs of their own for these, or take Stable Diffusion's.
     Raises BadInput, naming the key of the config or the tensor, for a U-Net that isn't Stable Diffusion's."""
     with parsing("a U-Net in a single file"):
         check("_class_name", config.get("_class_name", "UNet2DConditionModel"), ["UNet2DConditionModel"])
