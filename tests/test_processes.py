@@ -144,7 +144,7 @@ def test_processes_of_other_options_are_refused(tmp_path):
     assert not checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_micro_batch_is_halved_until_it_fits(tmp_path, world):
     """Memory runs out for the last process, in the first pass of a step and in a later one. All of them begin the step
     again, and the student is that of --micro-batch 1."""

@@ -108,7 +108,7 @@ def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
 
 
 @pytest.mark.parametrize("options, warmup, steps", [
-    (QUICK, 2, 5), (QUICK, 0, 3), (QUICK, 50, 3),
+    (QUICK, 2, 5), (QUICK, 0, 3), pytest.param(QUICK, 50, 3, marks=pytest.mark.slow),
     *[pytest.param(RUN, warmup, 8, marks=pytest.mark.slow) for warmup in (0, 3, 50)]])
 def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, options, warmup, steps):
     """Before the critic begins, in its head start and after it, and where that is longer than the run. Only Ctrl-C is a
