@@ -40,7 +40,7 @@ import torch
 from matching import critic_loss, limited_guidance, matching_loss
 from plumbing.configs import Number, check
 from plumbing.files import command, parsing
-from plumbing.hub import EMBEDDED, HUB, is_embedded, last_name
+from plumbing.hub import EMBEDDED, HUB, is_embedded
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from plumbing.run import Run
@@ -140,7 +140,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_options(parser)
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / last_name(args.teacher)
+    args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name in DEFAULTS:
         if getattr(args, name) is None and name != "guidance":          # that depends on the teacher: resolve_defaults
             setattr(args, name, default(name, args.teacher))

@@ -116,7 +116,7 @@ def flush_to_disk(path):
         try:
             os.fsync(file.fileno())
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
 
 

@@ -36,11 +36,6 @@ def is_embedded(spec):
     return str(spec).rstrip("/") in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
 
 
-def last_name(spec):
-    """What a run is called by default: the last part of its teacher's name, hub id or folder."""
-    return Path(spec.partition("@")[0]).resolve().name
-
-
 def resolve(spec):
     """(folder, spec) of a name, a hub id, or a folder; a name or an id may end in @REVISION. The spec
     returned means the same from any working directory. Raises BadInput, one sentence."""

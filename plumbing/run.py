@@ -36,7 +36,7 @@ from plumbing.checkpoints import check_options, check_space, load, lock, newest,
 from plumbing.files import BadInput, out_of_memory, write_file, write_json
 from plumbing.hub import is_embedded
 from plumbing.images import image_grid, noise, to_pil
-from plumbing.processes import (MEETING, PRECISION, Stop, full, join, local, peak_memory, pick_device,
+from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
                                 shard, together, torchrun, warn_if_busy)
 from plumbing.prompts import Conditions
 
@@ -70,7 +70,7 @@ class Run(contextlib.ExitStack):
         self.local_batch, self.micro_batch = split_batch(args, self.world, self.device)
         args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         self.dtype = PRECISION[args.precision]
-        self.state, self.networks, self.adams, self.control, self.interrupted = {}, {}, {}, None, False
+        self.state, self.networks, self.adams, self.saving, self.interrupted = {}, {}, {}, None, False
         warnings.showwarning = warn_once if self.rank == 0 else lambda *_: None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
         if args.shard and self.world == 1:
@@ -100,7 +100,8 @@ class Run(contextlib.ExitStack):
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             join(self.rank, self.world, "nccl" if self.device.type == "cuda" else "gloo")
-            self.control = dist.new_group(backend="gloo", timeout=MEETING)  # what the host has to know, and saving
+            self.control = dist.new_group(backend="gloo", timeout=WAIT)     # for what the host has to know
+            self.saving = dist.new_group(backend="gloo", timeout=MEETING)   # which waits for the slowest disk
             found = list(found)
             with together(self.rank):
                 dist.broadcast_object_list(found, 0, device=self.device)
@@ -148,7 +149,8 @@ class Run(contextlib.ExitStack):
             return
         resuming = f"; resuming at step {self.start}" if self.start else ""
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
-              f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}", flush=True)
+              f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}",
+              flush=True)
         check_space(args.out, sum(tensor.nbytes for tensor in self.state.values()))
         warn_if_busy(self.device)
 
@@ -283,7 +285,7 @@ class Run(contextlib.ExitStack):
         if due or self.stopping:
             with together(self.rank):
                 save(args.out, self.done, self.state, self.ema.network, self.options, self.write_student, self.rank,
-                     self.world, self.control)
+                     self.world, self.saving)
         if args.samples and due:
             self.write_samples()
 

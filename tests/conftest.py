@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")              # before torch is imported: threads would wait for each other
+
 import pytest
 import torch
 from fake_hub import Hub

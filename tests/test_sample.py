@@ -219,7 +219,8 @@ def test_all_is_sampled_whoever_listens(tmp_path, shell):
     ((*TWO, "--compare", 4, 1001), "--compare = 1001 is not supported: a whole number from 1 to 1000"),
     ((*TWO, "--refine", -1), "--refine = -1 is not supported: a whole number from 0 to 200"),
     ((*TWO, "--batch", 0), "--batch = 0 is not supported"), ((*TWO, "--out", "sample.py"), "can't write"),
-    ((*TWO, "--out", "two.png"), "is one file, for 2 images: give a folder"), ((*TWO, "--out", "2.jpg"), "a .png file")])
+    ((*TWO, "--out", "two.png"), "is one file, for 2 images: give a folder"),
+    ((*TWO, "--out", "2.jpg"), "a .png file")])
 def test_what_can_not_be_is_one_sentence(call, options, message):
     code, _, error = call("sample", *options)
     assert code == 2 and message in error and "Traceback" not in error, error

@@ -212,7 +212,7 @@ def add_row(evaluation, rows, path, w, steps, reference=None, solution=None, lim
 
 
 def teacher_rows(evaluation, steps, fresh):
-    """(rows, reference, solution) of the teacher, guided at all times by the student's scale. `rows`: by (w, steps), for
+    """(rows, reference, solution) of the teacher, guided at all times at the student's scale. `rows`: by (w, steps) for
     these numbers of steps and for the most. `reference`: the moments of its features in the most steps. `solution`:
     exact samples of the first noises."""
     w, most = evaluation.w, STEPS[-1]
