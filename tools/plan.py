@@ -13,7 +13,6 @@ the tensors that are in use at the same time.
 """
 
 import argparse
-import contextlib
 import math
 import warnings
 import weakref
@@ -23,11 +22,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import train
 from plumbing.checkpoints import FILE_SIZE
-from plumbing.files import BadInput, command
+from plumbing.configs import Number, check
+from plumbing.files import BadInput, command, parsing
 from plumbing.processes import PRECISION
 from plumbing.prompts import Conditions
 from plumbing.run import split_batch
@@ -37,27 +37,32 @@ TFLOPS = {"cpu": 0.1, "cuda": 100.0}            # of two CPU cores in fp32; of a
 
 
 def attention_flops(q, k, v, *_, **__):
-    return sdpa_flop_count(q, k, v)
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
 def attention_backward_flops(grad, q, k, v, *_, **__):
-    return sdpa_backward_flop_count(grad, q, k, v)
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-CPU_ATTENTION = {       # which torch's counter does not know; from shapes
+FORMULAS = flop_registry | {                    # torch's own, and those of a CPU's attention, which it lacks
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
 
 
-class Ledger(TorchDispatchMode):
-    """.bytes of the tensors that were made while it is on and are still in use, and the most that it was, .peak."""
+class Meter(TorchDispatchMode):
+    """While it is on, it counts: .flops of the operations; .bytes of the tensors that were made and are still in use,
+    and the most that it was, .peak."""
 
     def __init__(self):
         super().__init__()
-        self.made, self.bytes, self.peak = {}, 0, 0
+        self.made, self.bytes, self.peak, self.flops = {}, 0, 0, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        formula = FORMULAS.get(operation._overloadpacket)
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=result)
         given = {storage._cdata for storage in storages((args, kwargs))}
         for storage in storages(result):
             if storage._cdata not in given and storage._cdata not in self.made:
@@ -66,9 +71,9 @@ class Ledger(TorchDispatchMode):
                 self.peak = max(self.peak, self.bytes)
         return result
 
-    def free(self, key, nbytes):
+    def free(self, key, size):
         del self.made[key]
-        self.bytes -= nbytes
+        self.bytes -= size
 
 
 def storages(tree):
@@ -92,7 +97,7 @@ class Plan:
         args.precision = args.precision or ("fp32" if self.on_cpu else "bf16")
         self.dtype, self.device = PRECISION[args.precision], torch.device("meta")       # where loading reads no values
         self.local_batch, self.micro_batch = split_batch(args, world, torch.device("cpu"))
-        self.mode, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
         self.networks, self.state, self.trained, self.saved, self.kinds = {}, {}, [], 0, []
 
     # ------------------------------------------------------------------------------------------ before the loop
@@ -102,7 +107,8 @@ class Plan:
     def add(self, name, network, lr=None, betas=None, saved=True):
         network.checkpointing = self.args.grad_checkpointing
         self.networks[name] = self.fake(network)
-        self.saved += saved * nbytes(network.parameters())
+        if saved:
+            self.saved += nbytes(network.parameters())
         if lr is None:
             return None
         self.trained += [p for p in network.parameters() if p.requires_grad]
@@ -134,7 +140,7 @@ class Plan:
                 yield steps[0]
         if self.args.samples and self.teacher.vae:
             num = min(self.args.samples, self.micro_batch, self.teacher.decoded_at_once)
-            with torch.no_grad(), self.autocast(), self.ledger:
+            with torch.no_grad(), self.autocast(), self.meter:
                 self.teacher.vae.decode(self.to_device(torch.empty(num, *self.teacher.shape)))
 
     def zero_grad(self):
@@ -142,7 +148,7 @@ class Plan:
         for p in self.trained:
             p.grad = None
         if self.local_batch > self.micro_batch:
-            with self.ledger:
+            with self.meter:
                 for p in self.trained:
                     p.grad = torch.zeros_like(p)
 
@@ -155,11 +161,8 @@ class Plan:
         for name in flops:
             flops[name] /= num
 
-    @contextlib.contextmanager
     def memory_permitting(self):
-        with self.ledger, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as self.counter:
-            self.counted = 0
-            yield
+        return self.meter
 
     def to_device(self, tensor):
         return self.mode.from_tensor(tensor)
@@ -177,9 +180,9 @@ class Plan:
 
     def log(self, **losses):
         """Count what was computed since the last call as operations of the first of these losses."""
-        name, total, (_, flops) = next(iter(losses)), self.counter.get_total_flops(), self.kinds[-1]
-        flops[name] = flops.get(name, 0) + total - self.counted
-        self.counted = total
+        name, (_, flops) = next(iter(losses)), self.kinds[-1]
+        flops[name] = flops.get(name, 0) + self.meter.flops
+        self.meter.flops = 0
 
     def ignore(self, *_, **__):
         """What a plan has no use for."""
@@ -200,7 +203,7 @@ class Plan:
         memory |= {name: nbytes(network.parameters()) for name, network in self.whole.items()}
         memory |= {"Adam": 2 * gradients / shards, "gradients": gradients / shards,
                    "prompts": nbytes((self.conditions.encoded or {}).values()),
-                   "passes": self.ledger.peak - gradients}
+                   "passes": self.meter.peak - gradients}
         if self.args.shard:
             blocks = [block for network in self.networks.values() for block in network.blocks()]
             largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -256,6 +259,9 @@ def parse_args():
     train.add_options(both)
     both.parse_args()                                       # for --help, and for what neither knows
     own, rest = ours.parse_known_args()
+    with parsing("tools.plan"):
+        check("--processes", own.processes, [Number(int, 1, 10**6)])
+        check("--tflops", own.tflops, [None, Number(float, 1e-6, 1e6)])
     return train.parse_args(rest), own
 
 
