@@ -189,7 +189,6 @@ def main():
     across = len(scales) if len(scales) > 1 else len(prompts)
     if across == 1:
         across = round(len(jobs) ** 0.5)
-    least = 96 if args.grid else 0
     sheet = args.out if is_file else args.out / "grid.png"
     if is_file or args.grid:
         read_about(sheet)                                   # refuses to replace somebody's file now, not after an hour
@@ -197,13 +196,14 @@ def main():
     if is_file:
         with tempfile.TemporaryDirectory() as hidden:
             make_images(student, args, jobs, about, Path(hidden))
-            save_sheet(sheet, Path(hidden), jobs, across, least, about)
+            save_sheet(sheet, Path(hidden), jobs, across, 96 * args.grid, about)
     else:
         make_images(student, args, jobs, about, args.out, rank, world)
         if args.grid:
-            save_sheet(sheet, args.out, jobs, across, least, about)
+            save_sheet(sheet, args.out, jobs, across, 96 * args.grid, about)
     if rank == 0:                                           # last, because somebody may have closed the output
-        written = [sheet] if is_file else [args.out / job.file for job in jobs] + [sheet] * args.grid
+        written = [] if is_file else [f"{args.out / job.file}  {job.prompt}" for job in jobs]
+        written += [sheet] if is_file or args.grid else []
         print("\n".join(map(str, written)) if len(written) <= FEW else f"{len(jobs)} images in {args.out}")
 
 

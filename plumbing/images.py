@@ -45,7 +45,7 @@ def image_grid(rows, least=0):
 
 def text_chunks(about):
     """{key: text} that a PNG file stores of `about`, as the texts are when they are read again."""
-    return {key: str(value).encode("utf-8", "replace").decode() for key, value in about.items()}
+    return {k: str(v).encode("utf-16", "surrogatepass").decode("utf-16", "replace") for k, v in about.items()}
 
 
 def save_png(path, image, about):
