@@ -259,7 +259,8 @@ def card(student, args, pipeline, error):
         "predicts": teacher.schedule.prediction.replace("epsilon", "eps"),
         "sigma": min(teacher.schedule.lam(student.input_time).exp().item(), 4096),      # in diffusers it is infinite
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
-        "negative": repr(teacher.negative_prompt), "figures": figures(args, teacher, w)}
+        "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
+        "figures": figures(args, teacher, w)}
     applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "limits": True,
                f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
     _, *parts = re.split(r"<!-- (.+) -->\n", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
