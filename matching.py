@@ -11,12 +11,14 @@ student makes too much or too little of something.
     x_tau       alpha_tau * x + sigma_tau * n
     f           the teacher's clean prediction f(x_tau, tau), guided where limited_guidance says
     h           the critic's clean prediction h(x_tau, tau), never guided
+    u . v       the mean of the products over a sample's elements; || u ||^2 is u . u
 
 The mean of || f - h ||^2 is, up to a factor, the Fisher divergence between the two noised distributions, provided that
 the critic is right. It depends on the student twice: through x_tau, and through the critic, which follows the student.
-We cannot differentiate through the critic's training. SiD's identity supplies that term: the mean of (f - h) . (h - x)
-is zero for every student with its own best critic, so its gradient at a fixed critic is half of the missing term. SiD
-weighs the two parts by a number a, as published 1 or 1.2 (it is called alpha there):
+We cannot differentiate through the critic's training. SiD's identity supplies that term. The mean of (f - h) . (h - x)
+is zero for every student with its own best critic, so its whole gradient is zero. The part of it through the critic is
+minus half of the missing term; hence the other part, at a fixed critic, is half of the missing term. SiD weighs the two
+terms by a number a, as published 1 or 1.2 (it is called alpha there):
 
     L = (1 - a) * || f - h ||^2 + (f - h) . (h - x)
 
@@ -24,8 +26,8 @@ The exact gradient has a = 1/2. We take a = 1, which drops the first part.
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
 The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), and its scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow
-(2511.19428) matches beside a path learned from noise alone. Limited guidance is from Kynkaanniemi et al. 2024
-(2404.07724). Arguments and shapes are those of signal_ode.py.
+(2511.19428), too, adds matching to a trajectory that is learned without data. Limited guidance is from Kynkaanniemi et
+al. 2024 (2404.07724). Arguments and shapes are those of signal_ode.py.
 """
 
 import torch
@@ -36,7 +38,7 @@ LEAST_SIGNAL = 0.288        # alpha_tau from which on the teacher is guided: 0.7
 
 
 def identity_loss(x, f, h):
-    """L_M of each sample, (B,): SiD's loss with a = 1, in units of the teacher's own error.
+    """L_M of each sample, (B,): SiD's loss with a = 1, divided by the teacher's mean absolute error on x.
 
         L_M = (f - h) . (h - x) / stopgrad[ mean |x - f| ]
 
@@ -68,13 +70,14 @@ def limited_guidance(denoise, x_t, t, schedule, w=1.0, **condition):
 
 # --------------------------------------------------------------------------------- L_M, with a gradient to x alone
 def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
-    """(L_M, h): identity_loss of each sample x, (B,), with a gradient to x alone; and h, whose graph is kept for
-    critic_loss. A plain backward pass of identity_loss would also add L_M's gradient to the critic's weights. So the
-    gradient at x is taken here, once, and handed on to x. L_M's value is replaced by || f - h ||^2 in the same units,
-    which is what the log shows.
-    `teacher`, `critic`: callables (x_t, t, **condition). `clip`: the bound of the teacher's predictions, or None.
-    The critic is then clamped at 1.5 * clip, so that values of x beyond the bound still count. Its errors beyond that
-    must not count: an epsilon network's are multiplied by up to 100."""
+    """(L_M, h). L_M, (B,), stands in for identity_loss of each sample x: it has the same gradient at x, and none
+    elsewhere. A plain backward pass of identity_loss would also reach the critic's weights. So the gradient at x is
+    taken here, once, and handed on to x. As a value, L_M has || f - h ||^2 over the same divisor, which is what the log
+    shows. h keeps its graph, for critic_loss.
+    `teacher`, `critic`: callables (x_t, t, **condition); guiding the teacher is its own affair (limited_guidance).
+    `clip`: the bound of the teacher's predictions, or None. If there is one, h is clamped here at 1.5 * clip. This
+    bound is wider, so that h can follow a pixel of x beyond clip, and f - h draws it back. There is a bound at all
+    because an epsilon network's error is multiplied by sigma_tau / alpha_tau in h, which is up to 129 for DDPM."""
     leaf = x.detach().requires_grad_()
     x_tau = add_noise(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)

@@ -10,14 +10,15 @@ Source: Gu et al. 2023, "BOOT: Data-free Distillation of Denoising Diffusion Mod
     eps               the initial Gaussian noise, fixed along one trajectory; the student's only image input
     t, s              times, whole numbers 0..T with s < t; t = 0 is the clean end, t = T the noise end
     alpha_t, sigma_t  signal and noise scale, alpha_t**2 + sigma_t**2 == 1
-    x_t               noisy sample; the noise that the teacher sees in it is in general not eps
+    x_t               noisy sample; the noise that the teacher predicts in it (eps_t of ddim_step) is in general not eps
     f                 the teacher's prediction of the clean sample, f(x_t, t), with guidance if there is any
     y_t               the signal part of x_t: y_t = (x_t - sigma_t * eps) / alpha_t
     lam(t)            log(sigma_t / alpha_t), which grows with t
     dy/dt             -lam'(t) * (f(x_t, t) - y_t) with x_t = alpha_t * y_t + sigma_t * eps: the Signal-ODE
     r                 exp(lam(s) - lam(t)) = sigma_s * alpha_t / (alpha_s * sigma_t), in [0, 1)
     g                 the student, g(eps, t): one forward pass that predicts y_t
-    i, x_i            the fixed time whose noise level the student's input has, and that input, sigma_i * eps
+    i, x_i            the fixed time whose noise level the student's input has, and that input, sigma_i * eps; unlike
+                      an x_t it has no signal part
     w                 guidance scale; w = 1 is no guidance
 
 Times are ints or int64 tensors (B,). Samples are float32 or float64 tensors (B, ...), and || . ||^2 is the mean of the
@@ -65,8 +66,9 @@ def bootstrap_loss(student, teacher, eps, t, s, schedule, solver="euler", **cond
         L_BS = || (g(eps, s) - y_s) / (1 - r) ||^2,      y_s = stopgrad[ y_t + (1 - r) (f(x_t, t) - y_t) ],
                                                          y_t = g(eps, t),  x_t = alpha_t * y_t + sigma_t * eps
 
-    Dividing by 1 - r measures the error in units of the clean prediction. The paper's weight is 1 / (lam' delta)^2 with
-    delta = t - s, the limit for small steps: 1 - r is about lam' delta. With the solver "heun", f is heun_mean.
+    An error of f moves y_s by 1 - r times as much. Dividing by 1 - r makes the same error of f count the same for every
+    t and s. The paper's weight is 1 / (lam' delta)^2 with delta = t - s, the limit for small steps: 1 - r is about
+    lam' delta. With the solver "heun", f is heun_mean.
     `student`: callable (eps, t, **condition) -> y_t. `teacher`: callable (x_t, t, **condition) -> f. `t`, `s`: (B,)."""
     with torch.no_grad():                       # The target uses the current weights. As in the paper, it needs no EMA.
         y_t = student(eps, t, **condition)
@@ -127,10 +129,10 @@ def cfg(f_cond, f_uncond, w):
 
 def student_signal(network, eps, t, i, schedule, **condition):
     """g(eps, t): one pass of a copy of the teacher's network at a fixed input time i. The network is also told the
-    target time t. `network`: callable (x_i, i, t, **condition) -> raw output. The output is read as the teacher's at
-    (x_i, i) is. So before training, g(eps, t) is the teacher's prediction at (x_i, i), unguided and unclipped, for
-    every t. The paper has i = T. There an epsilon network must reproduce eps almost exactly, because 1 / alpha_T
-    multiplies its error; a smaller i avoids that."""
+    target time t, which has no effect before training. `network`: callable (x_i, i, t, **condition) -> raw output. The
+    output is read as the teacher's at (x_i, i) is. So before training, g(eps, t) is the teacher's prediction at
+    (x_i, i), unguided and unclipped, for every t. The paper has i = T. There an epsilon network must reproduce eps
+    almost exactly, because 1 / alpha_T multiplies its error; a smaller i avoids that."""
     x_i = append_dims(schedule.sigma(i), eps) * eps
     return clean_prediction(network(x_i, i, t, **condition), x_i, i, schedule)
 
@@ -164,8 +166,9 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
 # ------------------------------------------------------------------------------------- the same losses, in fewer passes
 def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler", **condition):
     """(L_BS, L_BC): bootstrap_loss of each sample, (B,), and boundary_loss of those that the slice `boundary` picks,
-    (B',). The two share the teacher's pass at t and the student's pass with a gradient. train.py calls this function.
-    Unless the slice is slice(0), all values of the condition must be tensors (B, ...)."""
+    (B',). The samples of both go through one pass of the teacher, at times t and T. They also share the student's pass
+    with a gradient, at s and T. train.py calls this function. Unless `boundary` is slice(0), which picks none,
+    all values of the condition must be tensors (B, ...)."""
     eps_T, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
     both = repeat_rows(condition, boundary)
     with torch.no_grad():

@@ -10,18 +10,19 @@ Run the same command again to resume. Ctrl-C saves and stops.
 
 The losses are in signal_ode.py and matching.py. Whatever is no part of the method is behind `run` (plumbing/run.py):
 
-    run.begin, restore, ready   lock the folder, find the last checkpoint; read it; say what begins, and note what is
-                                saved and sampled (the average)
+    run.begin                   lock the folder and find the last checkpoint
+    run.restore                 read that checkpoint; returns the step to go on at
+    run.ready                   say what begins, and note which network is saved and sampled
     run.add                     make a network part of the checkpoint, sharded if asked; returns its Adam if it learns
     run.steps                   the steps still to be made, none with --dry-run; ends early on Ctrl-C
-    run.micro_batches           this process's samples of a step, as ranges of their indices in the whole batch
+    run.micro_batches           this process's samples of a step, as ranges of consecutive indices in the whole batch
     run.memory_permitting       if memory runs out inside, micro_batches clears the step's gradients and logged values,
                                 and starts the step again with smaller ranges
     run.zero_grad, to_device    clear the step's gradients and logged values; move a tensor without waiting
     run.encode                  the conditions of prompts, by their indices
-    run.autocast                mixed precision; casts made under no_grad are not used again where a gradient is needed
+    run.autocast                mixed precision: torch.autocast, without its cache of weights that were cast
     run.backward                a backward pass, scaled where fp16 needs it
-    run.log, log_by_time        add to the step's logged values, or to those of each eighth of the times
+    run.log, log_by_time        add to the step's logged values; or of a loss of each sample, by eighths of 0..T
     run.remember                note what is named if a loss is not finite
     run.update, average         sum gradients over processes, clip each network's, step its Adam; move the average
     run.after                   stop if a loss is not finite; log, checkpoint and make samples where they are due
@@ -49,12 +50,12 @@ from student import new_critic, new_student, save_student, set_trainable
 from teacher import load_teacher
 
 INPUT_NOISE = 2.27          # This is sigma / alpha at an epsilon student's input time. It was found by trial.
-DECAY = 0.6                 # The rate falls linearly over this last part of BOOT's steps, and of matching's.
+DECAY = 0.6                 # The rate falls linearly over the last 60% of BOOT's steps, and again of matching's.
 MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's rate falls to it.
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
-BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas.
-MATCH_BETA_1 = 0.0          # In matching, beta_1 is this. Momentum would make critic and student lag.
+BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
+MATCH_BETA_1 = 0.0          # This is the critic's, and in matching the student's: momentum would make them lag.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
@@ -206,8 +207,8 @@ def begin_of_matching(args, start, critic_steps):
     the step `start`. If --steps is changed on resuming, matching begins elsewhere, unless it has begun already."""
     if not args.match:
         return args.steps, args.steps
-    left = args.warmup - critic_steps                       # of the head start; below zero, matching has begun
-    match_from = start + left
+    left = args.warmup - critic_steps                       # steps of the head start that are still to be made
+    match_from = start + left                               # the earliest; if left < 0, the step at which it has begun
     if left >= 0:
         match_from = max(round(args.match_from * args.steps), match_from)
     if match_from >= args.steps:
@@ -224,10 +225,10 @@ def train(args, run):
     prompts = training_prompts(teacher, args.prompts)
     run.begin(teacher, prompts)
 
-    # Up to three networks start as the teacher. The student learns; the average (EMA) of its weights is what is kept;
-    # the critic learns to denoise the student's samples.
+    # Up to three networks start with the teacher's weights. The student learns; the average (EMA) of its weights is
+    # what is kept; the critic learns to denoise the student's samples.
     student = new_student(teacher, args.input_time, args.guidance)
-    set_trainable(student.network)                          # all but norms and biases, so that a LoRA can carry it
+    set_trainable(student.network)                          # all but norms and biases, which an exported LoRA lacks
     student_adam = run.add("student", student.network, args.lr, (BETA_1, BETA_2))
     run.add("teacher", teacher.unet, saved=False)           # it never learns, but may be sharded
     ema = student                                           # without an average, the student itself is kept
@@ -237,7 +238,7 @@ def train(args, run):
     critic_steps = torch.tensor(0)                          # how many steps the critic has learned
     if args.match:
         critic = new_critic(student)
-        critic.network.requires_grad_(True)                 # all of it: no LoRA has to carry the critic
+        critic.network.requires_grad_(True)                 # all of it, because the critic is not exported
         critic_adam = run.add("critic", critic.network, args.critic_lr, (MATCH_BETA_1, BETA_2))
         run.state["critic_steps"] = critic_steps            # saved, and filled in place by run.restore
 
@@ -246,13 +247,14 @@ def train(args, run):
     run.ready(ema, functools.partial(save_student, args.out / "student", ema),
               f"guidance {args.guidance}, input time {args.input_time}, matching begins at {match_from}")
     schedule, T = teacher.schedule, teacher.schedule.T
-    delta = round(T / args.num_steps)                       # what a bootstrap step spans
+    delta = round(T / args.num_steps)                       # what a bootstrap step spans (not a step of training)
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
     limited_teacher = functools.partial(limited_guidance, teacher.denoise, schedule=schedule)
 
     for step in run.steps():
         # A run has three phases. First it has BOOT's losses alone. Then the critic learns beside them: its head start.
         # Then matching and critic have every step, and BOOT every 5th, to hold the student on the trajectory.
+        # (--match 0 has the first phase alone, --warmup 0 no head start.)
         matching = step >= match_from
         boot = not matching or (step + 1) % BOOT_EVERY == 0
         critic_learns = step >= critic_from
@@ -263,19 +265,19 @@ def train(args, run):
         for samples in run.micro_batches():
             with run.memory_permitting():
                 x = h = L_BS = L_BC = L_M = L_C = None      # Frees the graphs of a try that ran out of memory.
-                # This is all that a sample depends on: noise eps, times s < t, prompt, scale w; for matching n, tau.
+                # All that a sample depends on: noise eps, time t, prompt and scale w; for matching, n and tau.
                 indices, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
                 eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
                 s = (t - delta).clamp(min=0)
                 condition = run.encode(indices)
-                if args.guidance != 1:                      # w guides the teacher; a range's student and critic see it
-                    condition["w"] = w
+                if args.guidance != 1:                      # w guides the teacher. Student and critic take it as an
+                    condition["w"] = w                      # input if --guidance is a range, and else ignore it.
                 run.remember(times=t, matching_times=tau, guidance=w)
 
-                # BOOT: g(eps, s) should be one solver step of the teacher's from g(eps, t) (L_BS). For samples 0, 4, 8,
-                # ... of the whole batch, g(eps, T) should be the teacher's prediction (L_BC).
+                # BOOT: g(eps, s) should be one solver step of the teacher's from g(eps, t) (L_BS). For every 4th sample
+                # of the whole batch, g(eps, T) should be the teacher's prediction (L_BC).
                 if boot:
-                    first = -samples.start % BOUNDARY_EVERY
+                    first = -samples.start % BOUNDARY_EVERY             # the first such sample of this range
                     boundary = slice(first, None, BOUNDARY_EVERY) if args.beta else slice(0)
                     with run.autocast():
                         L_BS, L_BC = boot_losses(student, teacher.denoise, eps, t, s, schedule, boundary, args.solver,
@@ -293,7 +295,7 @@ def train(args, run):
                         L_M, h = matching_loss(x, limited_teacher, critic, n, tau, schedule, teacher.clip, **condition)
                     L_M = L_M.sum() / args.batch
                     run.backward(args.match * L_M)
-                    run.log(matching=L_M)                   # its value is || f - h ||^2; only its gradient is L_M's
+                    run.log(matching=L_M)                   # its value is || f - h ||^2 / mean |x - f|
                 elif critic_learns:
                     with run.autocast():
                         with torch.no_grad():

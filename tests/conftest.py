@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")              # before torch is imp
 
 import pytest
 import torch
-from fake_hub import Hub
+from fake_hub import hub_on
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny"
@@ -26,7 +26,7 @@ with socket.socket() as free:
     HUB_PORT = free.getsockname()[1]
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # read at import: no test ever asks the real hub
 os.environ.pop("HF_HUB_OFFLINE", None)
-WITH_GPU = dict(os.environ)                                 # for test_gpu.py; the others compare bits, on a CPU
+WITH_GPU = dict(os.environ)                                 # for tests of a GPU; the others compare bits, on a CPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 PROMPTS = ["a red ankle boot on a yellow background", "a blue coat on a white background"]
@@ -52,6 +52,11 @@ def gaussian_denoiser(schedule, mean, std):
         alpha_t, sigma_t = append_dims(schedule.alpha(t), x_t), append_dims(schedule.sigma(t), x_t)
         return mean + alpha_t * std**2 / (alpha_t**2 * std**2 + sigma_t**2) * (x_t - alpha_t * mean)
     return f
+
+
+def slow(*values):
+    """The values of a test that is marked as slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -97,11 +102,11 @@ def shaken(module):
 def hub(monkeypatch, tmp_path):
     """A hub that has the embedded teacher as somebody/tiny, with files that nobody needs, and an empty cache."""
     import huggingface_hub.constants as constants
-    server = Hub.on_port(HUB_PORT)
+    server = hub_on(HUB_PORT)
     folder = copy_tiny(tmp_path / "repo")
     (folder / "v1-5-pruned.safetensors").write_bytes(b"too much")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    server.repos["somebody/tiny"] = folder
+    server.repos, server.fail, server.seen = {"somebody/tiny": folder}, {}, []
     monkeypatch.setattr("time.sleep", lambda _: None)       # the client's pauses between attempts
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return server

@@ -1,6 +1,5 @@
-"""A hub on this machine: downloads, faults, and uploads whose files go into the commit itself."""
+"""A hub on this machine, with downloads and faults."""
 
-import base64
 import functools
 import hashlib
 import json
@@ -12,23 +11,13 @@ from urllib.parse import unquote, urlparse
 COMMIT = "c" * 40
 
 
-class Hub(ThreadingHTTPServer):
-    """repos: {"owner/name": folder}. fail: {part of a path: status, or "gated"}. seen: (method, path) of all requests.
-    files: {path: bytes} of the commits that were pushed. visibility: of the repositories that were created."""
-
-    @classmethod
-    def on_port(cls, port):
-        """The hub of a port, as new. One serves all tests, because the client keeps its connections."""
-        hub = cls.start(port)
-        hub.repos, hub.fail, hub.seen, hub.files, hub.visibility = {}, {}, [], {}, []
-        return hub
-
-    @classmethod
-    @functools.cache
-    def start(cls, port):
-        hub = cls(("127.0.0.1", port), Handler)
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        return hub
+@functools.cache
+def hub_on(port):
+    """The hub of a port. One serves all tests, because the client keeps its connections.
+    repos: {"owner/name": folder}. fail: {part of a path: status, or "gated"}. seen: (method, path) of all requests."""
+    hub = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    return hub
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,7 +27,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status, body=b"", **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for key, value in {"Content_Length": len(body), **headers}.items():
             self.send_header(key.replace("_", "-"), str(value))
@@ -46,19 +34,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def is_refused(self, path):
-        """Whether this request fails, which has been answered then."""
-        self.server.seen.append((self.command, path))
-        fault = next((fault for part, fault in self.server.fail.items() if part in path), None)
-        if fault:
-            code = "GatedRepo" if fault == "gated" else "Fault"
-            self.answer(403 if fault == "gated" else fault, {"error": code}, X_Error_Code=code)
-        return fault is not None
-
     def do_GET(self):
         hub, path = self.server, unquote(urlparse(self.path).path)
-        if self.is_refused(path):
-            return
+        hub.seen.append((self.command, path))
+        fault = next((fault for part, fault in hub.fail.items() if part in path), None)
+        if fault:
+            status, code = (403, "GatedRepo") if fault == "gated" else (fault, "Fault")
+            return self.answer(status, X_Error_Code=code)
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo, revision = (api[1], api[3]) if api else (file[1], file[2]) if file else (None, None)
@@ -71,38 +53,11 @@ class Handler(BaseHTTPRequestHandler):
             names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
             tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in names]
             info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-            return self.answer(200, tree if api[2] == "tree" else info, Content_Type="application/json")
+            body = json.dumps(tree if api[2] == "tree" else info).encode()
+            return self.answer(200, body, Content_Type="application/json")
         if not (folder / file[3]).is_file():
             return self.answer(404, X_Error_Code="EntryNotFound")
         body = (folder / file[3]).read_bytes()
         self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
-
-    def do_POST(self):
-        hub, lines = self.server, [json.loads(line) for line in self.body().splitlines()]
-        if self.is_refused(self.path):
-            return
-        answer = {}                                         # the card's front matter is asked about
-        if self.path == "/api/repos/create":
-            hub.visibility.append(lines[0].get("visibility"))
-            answer = {"url": f"http://127.0.0.1/{lines[0]['organization']}/{lines[0]['name']}"}
-        elif "/preupload/" in self.path:
-            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                for file in lines[0]["files"]]}
-        elif "/commit/" in self.path:
-            hub.files |= {line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                          for line in lines if line["key"] == "file"}
-            answer = {"commitUrl": "http://127.0.0.1/me/boot/commit/c", "commitOid": COMMIT}
-        self.answer(200, answer, Content_Type="application/json")
-
-    def body(self):
-        """The request's, which may come in chunks."""
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)

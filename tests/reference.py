@@ -67,14 +67,12 @@ def run_text_encoder(theirs):
 
 
 def run_scheduler(theirs):
-    """The same of a scheduler: squares of signal and noise scale, and what its network predicts."""
-    alpha_bar = theirs.alphas_cumprod
+    """The same of a scheduler, whose prediction has to be ours: squares of signal and noise scale."""
+    alpha_bar, prediction = theirs.alphas_cumprod, theirs.config.prediction_type
     assert 0 <= alpha_bar.min() and alpha_bar.max() <= 1
     t = torch.arange(1, len(alpha_bar) + 1)
-    kinds = ["epsilon", "sample", "v_prediction"]
-    kind = torch.tensor([1.0 + kinds.index(theirs.config.prediction_type)])
-    return [torch.stack([alpha_bar, 1 - alpha_bar]), kind], lambda ours: [
-        torch.stack([ours.alpha(t) ** 2, ours.sigma(t) ** 2]), torch.tensor([1.0 + kinds.index(ours.prediction)])]
+    return [torch.stack([alpha_bar, 1 - alpha_bar])], lambda ours: [
+        torch.stack([ours.alpha(t) ** 2, ours.sigma(t) ** 2]) if ours.prediction == prediction else t]
 
 
 OURS = {"unet": UNet, "vae": VAE, "decoder": TinyVAE, "text_encoder": TextEncoder,

@@ -47,20 +47,19 @@ def tokens(path):
 def imported(path):
     """The names of all modules that a file imports, wherever it does."""
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
 
 
 def code_lines(*paths):
     """How many lines of code files have, without blank lines, comments and docstrings."""
     total = 0
     for path in paths:
-        documented = [node for node in ast.walk(tree(path)) if isinstance(node, DOCUMENTED) and ast.get_docstring(node)]
-        spans = [(token.start[0], token.end[0]) for token in tokens(path) if token.type not in PROSE]
-        prose = {line for node in documented for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-        total += len({line for first, last in spans for line in range(first, last + 1)} - prose)
+        docstrings = [node.body[0] for node in ast.walk(tree(path)) if isinstance(node, DOCUMENTED)
+                      and ast.get_docstring(node)]
+        prose = {line for node in docstrings for line in range(node.lineno, node.end_lineno + 1)}
+        code = [token for token in tokens(path) if token.type not in PROSE]
+        total += len({line for token in code for line in range(token.start[0], token.end[0] + 1)} - prose)
     return total
 
 

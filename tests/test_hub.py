@@ -6,7 +6,6 @@
 - Names, folders and hub ids are understood; what can be none of them is one sentence.
 """
 
-import errno
 import hashlib
 import shutil
 
@@ -74,19 +73,10 @@ def test_what_fails_at_the_hub_is_one_sentence(hub, tmp_path, spec, fail, messag
     hub.fail.update(fail)
     for name in ("pickled", "empty"):
         hub.repos[f"somebody/{name}"] = tmp_path / name
-        edit(tmp_path / name / "model_index.json")
-    (tmp_path / "pickled" / f"{STEM}.bin").touch()
+        edit(tmp_path / name / ("model_index.json" if name == "empty" else f"{STEM}.bin"))
     with pytest.raises(BadInput, match=message) as caught:
         load_teacher(spec)
     assert "\n" not in str(caught.value)
-
-
-def test_full_disk_is_named(hub, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(plumbing.hub, "snapshot_download", full)
-    with pytest.raises(BadInput, match="somebody/tiny does not fit on this disk: make room, or set HF_HOME"):
-        load_teacher("somebody/tiny")
 
 
 # -------------------------------------------------------------------------------------------------- named teachers
@@ -101,8 +91,11 @@ def name(hub, monkeypatch):
 PUBLISHED = hashlib.sha256((TINY / "unet" / WEIGHTS).read_bytes()).hexdigest()
 
 
-def test_named_teacher_tries_mirrors_and_checks_its_weights(hub, name, tiny, tmp_path, capsys):
-    """The first mirror is gone, the second has other weights than published, the third is right."""
+def test_named_teacher_tries_mirrors_and_checks_its_weights(hub, name, tiny, tmp_path, capsys, monkeypatch):
+    """The first mirror is gone, the second has other weights than published, the third is right. Nothing is hashed:
+    in the cache, a link leads to a file that is called by the sha256 that the hub states. Where there are no links, as
+    on Windows, there is no such name, and no check."""
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed"))
     wrong = hub.repos["bad/mirror"] = shutil.copytree(hub.repos["somebody/tiny"], tmp_path / "wrong")
     (wrong / "unet" / WEIGHTS).write_bytes((wrong / "unet" / WEIGHTS).read_bytes()[:-1] + b"!")
     name("gone/mirror", "bad/mirror", "somebody/tiny", unet=PUBLISHED)
@@ -118,44 +111,23 @@ def test_named_teacher_tries_mirrors_and_checks_its_weights(hub, name, tiny, tmp
     name("somebody/tiny", vae=PUBLISHED)
     with pytest.raises(BadInput, match="somebody/tiny has another vae/"):
         load_teacher("sd21")
-
-
-def test_published_weights_are_told_by_the_name_that_the_cache_gives_them(hub, name, monkeypatch):
-    """Nothing is hashed: a link leads to a file that is called by the sha256 that the hub states. Without links there
-    is no such name, and no check."""
-    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed"))
-    name("somebody/tiny", unet=PUBLISHED)
-    load_teacher("sd21")
-    name("somebody/tiny", unet="0" * 64)
-    with pytest.raises(BadInput, match=f"another unet/{WEIGHTS} than published: sha256 {PUBLISHED[:12]}, not 000000"):
-        load_teacher("sd21")
+    hub.fail.clear()
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{constants.HF_HUB_CACHE}2")
     assert not (load_teacher("sd21").folder / "unet" / WEIGHTS).is_symlink()
 
 
 # ----------------------------------------------------------------------------------------- what may stand for a teacher
-@pytest.fixture
-def asked(monkeypatch):
-    """The (repository, revision) that the hub is asked for, which is always the embedded teacher."""
-    asked = []
-    monkeypatch.setattr(plumbing.hub, "fetch", lambda *what: asked.append(what) or TINY)
-    return asked
-
-
-@pytest.mark.parametrize("spec, revision", [("some/body", None), ("some/body/", None), ("some/body@v1", "v1")])
-def test_hub_ids_are_understood(asked, spec, revision):
-    assert resolve(spec) == (TINY, spec.rstrip("/"))
-    load_student(spec)
-    assert asked == [("some/body", revision)] * 2
-
-
-def test_names_and_folders_with_and_without_slashes(tmp_path, monkeypatch, asked):
+def test_names_folders_and_hub_ids_are_understood(hub, tmp_path, monkeypatch):
+    shutil.copytree(TINY / "student", hub.repos["somebody/tiny"] / "student")
+    for spec in ("somebody/tiny", "somebody/tiny/", "somebody/tiny@v1"):
+        assert resolve(spec)[1] == spec.rstrip("/") and load_student(spec).input_time == 600
+    hub.fail["/"] = 503
     assert resolve(f"{TINY}/pixel/") == resolve(TINY / "pixel")
     monkeypatch.chdir(tmp_path)
     assert resolve("tiny/") == resolve("tiny") and is_embedded("tiny/")
     (tmp_path / "sd21").mkdir()                             # a folder, though sd21 is a name
-    assert resolve("sd21/")[0].resolve() == tmp_path / "sd21" and not asked
+    assert resolve("sd21/")[0].resolve() == tmp_path / "sd21"
 
 
 @pytest.mark.parametrize("spec, message", [
@@ -166,5 +138,3 @@ def test_names_and_folders_with_and_without_slashes(tmp_path, monkeypatch, asked
 def test_what_can_be_no_teacher_is_one_sentence(hub, spec, message):
     with pytest.raises(BadInput, match=message):
         resolve(spec)
-    with pytest.raises(BadInput, match=message.removeprefix("neither a name .*tiny, .*sd21, .*")):
-        load_student(spec)

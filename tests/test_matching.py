@@ -4,7 +4,7 @@
 - It is the gradient of the Fisher divergence through the best critic, which is SiD's identity.
 - A student whose samples are the teacher's stays; another finds the teacher's mean and spread, without a sample of it.
 - A pixel beyond the bound of the teacher's predictions is drawn back.
-- The critic's loss is that of the network's own output, is least for the best denoiser, and its graph survives L_M.
+- The critic's loss is that of the network's own output, and its graph survives L_M.
 - Guidance is limited to alpha_t >= LEAST_SIGNAL: t <= 0.7 T of Stable Diffusion, half of T of DDPM.
 """
 
@@ -122,15 +122,6 @@ def test_the_critics_loss_is_that_of_the_networks_own_output(prediction):
     assert torch.allclose(loss, (out - aim).square().flatten(1).mean(1), rtol=1e-8)
 
 
-def test_the_critics_loss_is_least_for_the_best_denoiser(schedule):
-    x, n, tau = draw(1000)
-    x = MU + S * x
-    x_tau = add_noise(x, n, tau, schedule)
-    loss = [critic_loss(x, gaussian_denoiser(schedule, m, s)(x_tau, tau), tau, schedule).mean()
-            for m, s in ((MU, S), (MU + 0.05, S), (MU - 0.05, S), (MU, 1.1 * S), (MU, 0.9 * S))]
-    assert min(loss) == loss[0]
-
-
 def test_l_m_reaches_no_weight_and_leaves_the_critics_graph_for_its_own_loss(schedule):
     """The critic's gradient is that of a critic that is asked again, unclamped."""
     x, n, tau = draw(8)
@@ -152,13 +143,11 @@ def test_guidance_is_limited_to_the_less_noisy_times(config, last):
     schedule, t = new_schedule(config), torch.arange(1, 1001)
 
     def told(x_t, t, w, label):
-        return w, label
-    w = 2 + t % 7
-    guided, label = limited_guidance(told, None, t, schedule, w, label=2)
-    assert torch.equal(guided, torch.where(t <= last, w, 1)) and label == 2
-    assert torch.equal(guided != 1, schedule.alpha(t) >= LEAST_SIGNAL)
-    constant, _ = limited_guidance(told, None, t, schedule, 3.0, label=2)
-    assert torch.equal(constant, torch.where(t <= last, 3.0, 1.0))
-    assert limited_guidance(told, None, t, schedule, label=2) == (1.0, 2)           # spares the unconditional pass
-    for time in (last, last + 1):
-        assert limited_guidance(told, None, time, schedule, 3.0, label=2)[0] == (3.0 if time == last else 1.0)
+        assert label == 2
+        return w
+    assert torch.equal(schedule.alpha(t) >= LEAST_SIGNAL, t <= last)
+    for w in (3.0, 2 + t % 7):
+        guided = limited_guidance(told, None, t, schedule, w, label=2)
+        assert torch.equal(guided, torch.where(t <= last, w, 1))
+        assert limited_guidance(told, None, last + 1, schedule, 3.0, label=2) == 1
+    assert limited_guidance(told, None, t, schedule, label=2) == 1.0        # a number, which spares the unguided pass

@@ -1,7 +1,7 @@
 """The networks against the reference libraries.
 
 - U-Nets of text and of pixels with random weights compute what diffusers' do, at any size and with a student's inputs;
-  so do all networks of published configs (test_configs.py, and here U-Nets an eighth as wide) and the embedded ones.
+  so do all networks of published configs (test_configs.py, an eighth as wide) and the embedded ones.
 - The embedded teachers make the image that diffusers' pipelines make, and the shipped student opens in diffusers.
 - Gradient checkpointing changes no gradient.
 - A training loop on the reference libraries trains the same student (dev.bench).
@@ -10,7 +10,7 @@
 import pytest
 import torch
 
-from conftest import CHECKPOINTS, PROMPTS, TINY
+from conftest import PROMPTS, TINY, slow
 from model import UNet
 from plumbing.files import read_json
 from plumbing.images import noise
@@ -51,14 +51,6 @@ def test_unet_equals_diffusers(change, size):
     {"num_class_embeds": 7, **DDPM}, {"class_embed_type": "timestep"}])
 def test_pixel_unet_equals_diffusers(change, size):
     assert outcome("unet", PIXEL | change, size=size) == SAME
-
-
-@pytest.mark.parametrize("name", [path.parent.name for path in sorted(CHECKPOINTS.glob("*/unet"))])
-def test_published_configs_an_eighth_as_wide_equal_diffusers(name):
-    config = read_json(CHECKPOINTS / name / "unet" / "config.json")
-    config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8}
-    config |= {"cross_attention_dim": 32} if "cross_attention_dim" in config else {}
-    assert outcome("unet", config, size=(32, 32)) == SAME
 
 
 def test_checkpointing_changes_no_gradient():
@@ -109,22 +101,20 @@ def test_embedded_pixel_teacher_makes_the_image_of_diffusers():
     assert (teacher.solve(eps, teacher.schedule.grid(10), w=2.0, **condition) - x).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("batch", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [2, slow(8)])
 def test_a_loop_on_the_reference_libraries_trains_the_same_student(call, tmp_path, batch):
     """dev.bench --step: steps of BOOT, matched ones, and one of both."""
     code, _, error = call("dev.bench", "--step", "--batch", batch, "--steps", 6, "--json", tmp_path / "step.json", "--",
                           "--micro-batch", batch // 2)
-    assert code == 0, error
     found = read_json(tmp_path / "step.json")
-    assert found["difference"] < 1e-5 and set(found["rows"]) == {"BOOT", "matched", "both"}
-    assert all(row["ratio"] > 0 for row in found["rows"].values())
+    assert code == 0 and found["difference"] < 1e-5 and set(found["rows"]) == {"BOOT", "matched", "both"}, error
 
 
 @pytest.mark.slow
 def test_bench_compares_loading_passes_and_sampling(call, tmp_path):
     code, out, error = call("dev.bench", "--repeat", 1)
-    assert code == 0 and out.count("ours    load") == out.count("theirs  load") == 3, error
-    assert all(float(part.split()[0]) < 1e-5 for part in out.split("difference ")[1:])
+    differences = [float(part.split()[0]) for part in out.split("difference ")[1:]]
+    assert code == 0 and len(differences) == 3 and max(differences) < 1e-5, error
     code, _, error = call("dev.bench", "--sampling", "--repeat", 1, "--json", tmp_path / "sampling.json")
     assert code == 0 and read_json(tmp_path / "sampling.json")["one step"]["ratio"] > 1, error
     code, _, error = call("dev.bench", "--step", "--steps", 6, "--", "--match", 0)

@@ -9,15 +9,17 @@
 import json
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import train
+from conftest import slow
 from plumbing.run import Run
-from tools.plan import Meter, Plan, kinds_of_steps
+from tools.plan import Plan, kinds_of_steps
 
 CPU_ATTENTION = {                                           # which torch's counter does not know; of shapes
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -26,37 +28,18 @@ CPU_ATTENTION = {                                           # which torch's coun
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
 
-def test_the_meter_knows_what_is_in_use():
-    with FakeTensorMode(), Meter() as meter:
-        a = torch.empty(1000)                               # 4,000 bytes
-        b = a * 2 + a                                       # one more, and another on the way
-        assert (meter.bytes, meter.peak) == (8000, 12000)
-        b.add_(1)
-        c = b[:10].view(2, 5)                               # the same memory
-        del a, b
-        assert (meter.bytes, meter.peak, c.shape) == (4000, 12000, (2, 5))
-        del c
-        assert meter.bytes == 0
-
-
-@pytest.mark.parametrize("teacher", ["tiny", pytest.param("tiny-pixel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("teacher", ["tiny", slow("tiny-pixel")])
 def test_operations_are_those_of_the_steps(call, tmp_path, monkeypatch, teacher):
-    options = ["--teacher", teacher, "--batch", 4, "--steps", 11, "--match-from", 0.6, "--warmup", 2, "--out", tmp_path,
-               "--samples", 0]
-    counted, zero_grad, update = [], Run.zero_grad, Run.update
+    options = ["--teacher", teacher, "--batch", 4, "--steps", 11, "--match-from", 0.6, "--warmup", 2, "--samples", 0]
+    counter, counts, zero_grad = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION), [], Run.zero_grad
 
     def begin_step(run):
+        counts.append(counter.get_total_flops())
         zero_grad(run)
-        run.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        run.counter.__enter__()
-
-    def end_step(run, *adams):
-        run.counter.__exit__(None, None, None)
-        counted.append(run.counter.get_total_flops())
-        update(run, *adams)
     monkeypatch.setattr(Run, "zero_grad", begin_step)
-    monkeypatch.setattr(Run, "update", end_step)
-    assert call("train", *options)[0] == 0
+    with counter:
+        assert call("train", *options, "--out", tmp_path)[0] == 0
+    counted = [after - before for before, after in pairwise([*counts, counter.get_total_flops()])]
     args = train.parse_args(list(map(str, options)))
     plan = Plan(args)
     train.train(args, plan)
@@ -77,9 +60,8 @@ def figures(printed):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries' share was found on Linux")
 @pytest.mark.parametrize("options", [
-    (), pytest.param(("--match", 0, "--batch", 16), marks=pytest.mark.slow),
-    pytest.param(("--grad-checkpointing",), marks=pytest.mark.slow),
-    pytest.param(("--teacher", "tiny-pixel", "--batch", 16, "--micro-batch", 8), marks=pytest.mark.slow)])
+    (), slow(("--match", 0, "--batch", 16)), slow(("--grad-checkpointing",)),
+    slow(("--teacher", "tiny-pixel", "--batch", 16, "--micro-batch", 8))])
 def test_memory_is_as_promised(run, tmp_path, options):
     options = ["--steps", 12, "--match-from", 0.5, "--warmup", 2, "--every", 4, *options, "--out", tmp_path]
     plan, done = run("-m", "tools.plan", *options), run("train.py", *options)

@@ -6,6 +6,7 @@ What can't be split over processes, and an environment that is not torchrun's, i
 """
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -13,14 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 import train
-from conftest import ROOT
+from conftest import ROOT, slow
 from dev.kill import differences, read_state
 from forks import short_of_memory, signal_in_step, train_forked
 from plumbing.checkpoints import checkpoints
@@ -31,37 +32,19 @@ from plumbing.run import split_batch
 QUICK = ["--teacher", "tiny-pixel", "--batch", 4, "--steps", 3, "--warmup", 1, "--match-from", 0.5, "--every", 100,
          "--samples", 0]
 WHOLE = ["--batch", 24, "--steps", 6, "--warmup", 1, "--match-from", 0.5, "--every", 2, "--samples", 0]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A function: options -> the folder of a run of one process."""
-    folders = {}
-
+    @functools.cache
     def alone(*options):
-        if options not in folders:
-            folders[options] = tmp_path_factory.mktemp("alone")
-            assert train_forked(folders[options], 1, *options)[0] == [0]
-        return folders[options]
+        out = tmp_path_factory.mktemp("alone")
+        assert train_forked(out, 1, *options)[0] == [0]
+        return out
     return alone
-
-
-@pytest.fixture
-def launch():
-    """A function: start `torchrun --nproc_per_node=WORLD train.py OPTIONS`, a thread each. What is left is killed."""
-    started = []
-
-    def launch(world, *options):
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
-        started.append(subprocess.Popen(
-            [*line, *map(str, options)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}))
-        return started[-1]
-    yield launch
-    for process in started:
-        process.terminate()                                 # torchrun ends its own
-        process.wait()
 
 
 def distance(out, other):
@@ -98,18 +81,16 @@ def test_two_processes_are_one_run(alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, options", [(2, ()), (2, ("--shard",)), (3, ("--shard", "--micro-batch", 4))])
-def test_torchrun_is_one_run(alone, launch, tmp_path, world, options):
-    process = launch(world, *WHOLE, *options, "--out", tmp_path)
-    printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, printed
+def test_torchrun_is_one_run(alone, run, tmp_path, world, options):
+    done = run(*TORCHRUN, f"--nproc_per_node={world}", "train.py", *WHOLE, *options, "--out", tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert_one_run(alone(*WHOLE), tmp_path)
     assert largest_part(tmp_path) < 1.2 / world
 
 
 @pytest.mark.parametrize("options, stretches", [
     (QUICK, [(1, ()), (2, ()), (2, ("--shard",))]),
-    pytest.param(WHOLE, [(1, ()), (2, ("--shard",)), (3, ("--shard",)), (2, ()), (3, ()), (1, ())],
-                 marks=pytest.mark.slow)])
+    slow(WHOLE, [(1, ()), (2, ("--shard",)), (3, ("--shard",)), (2, ()), (3, ()), (1, ())])])
 def test_any_number_of_processes_resumes_what_any_other_saved(alone, tmp_path, options, stretches):
     """A step each. What the last saved is read by one process."""
     for step, (world, sharded) in enumerate(stretches):
@@ -127,14 +108,14 @@ def test_all_processes_stop_with_the_one_that_gets_a_signal(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_that_is_stopped_ends_with_a_checkpoint(launch, tmp_path):
+def test_torchrun_that_is_stopped_ends_with_a_checkpoint(tmp_path):
     """Of the step at which all processes stopped."""
-    process = launch(2, *QUICK, "--steps", 10**6, "--every", 3, "--out", tmp_path)
-    while not (tmp_path / "state" / "step_3").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
-    process.terminate()
-    printed = process.communicate(timeout=100)[0]
+    line = [*TORCHRUN, "--nproc_per_node=2", "train.py", *QUICK, "--steps", 10**6, "--every", 3, "--out", tmp_path]
+    with subprocess.Popen([sys.executable, *map(str, line)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "state" / "step_3").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        printed = process.stdout.read()
     assert f"stopped at step {max(checkpoints(tmp_path))}; " in printed, printed
 
 
@@ -144,7 +125,7 @@ def test_processes_of_other_options_are_refused(tmp_path):
     assert not checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, slow(1)])
 def test_the_micro_batch_is_halved_until_it_fits(tmp_path, world):
     """Memory runs out for the last process, in the first pass of a step and in a later one. All of them begin the step
     again, and the student is that of --micro-batch 1."""
@@ -158,21 +139,15 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path, world):
     assert not differences(tmp_path / "tried", tmp_path / "told")
 
 
-@pytest.mark.parametrize("options, numbers", [(["--micro-batch", 2], [0]), (["--batch", 2], [0, 1])])
-def test_a_micro_batch_that_is_told_or_of_one_is_not_halved(call, tmp_path, monkeypatch, options, numbers):
-    monkeypatch.setattr(train, "boot_losses", short_of_memory(*numbers))
-    code, _, error = call("train", *QUICK, *options, "--out", tmp_path)
-    assert code == 2 and "error: out of memory, give half the --micro-batch" in error and not checkpoints(tmp_path)
-
-
-@pytest.mark.slow
-def test_sharded_processes_end_where_memory_runs_out(tmp_path):
-    """Their passes need each other, so that one can't begin again while the others go on."""
+@pytest.mark.parametrize("world, options, numbers", [
+    (1, ("--micro-batch", 2), [0]), (1, ("--batch", 2), [0, 1]), slow(2, ("--shard",), [0])])
+def test_a_micro_batch_that_is_told_or_of_one_or_sharded_is_not_halved(tmp_path, world, options, numbers):
+    """Sharded passes need each other, so that one can't begin again while the others go on."""
     def prepare(rank):
-        if rank == 1:
-            train.boot_losses = short_of_memory(0)
-    codes, printed = train_forked(tmp_path, 2, *QUICK, "--shard", prepare=prepare)
-    assert codes[1] == 2 and "error: out of memory, give half the --micro-batch" in printed, printed
+        if rank == world - 1:
+            train.boot_losses = short_of_memory(*numbers)
+    codes, printed = train_forked(tmp_path, world, *QUICK, *options, prepare=prepare)
+    assert codes[-1] == 2 and "error: out of memory, give half the --micro-batch" in printed, printed
     assert not checkpoints(tmp_path)
 
 
@@ -205,39 +180,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_sentence(call, tmp_path, m
         if next(calls) > 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, plan, planner)
-    options = [*QUICK, "--match", 0, "--every", 1, "--steps", 3, "--out", tmp_path]
-    with monkeypatch.context() as patch:
-        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
-        code, _, error = call("train", *options)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+    code, _, error = call("train", *QUICK, "--match", 0, "--every", 1, "--out", tmp_path)
     assert code == 2 and "can't write" in error and "No space left on device" in error, error
     assert list(checkpoints(tmp_path)) == [1] and not list((tmp_path / "state").glob("*.new"))
-    assert call("train", *options)[0] == 0 and max(checkpoints(tmp_path)) == 3
 
 
 # ------------------------------------------------------------------------------------------------ what can't be split
-@pytest.mark.parametrize("batch, message", [
-    (32, "--batch 32 does not divide over 3 processes: .*33 does"),
-    (2, "--batch 2 does not divide over 3 processes: 3 does")])
-def test_a_batch_that_does_not_divide_is_told_what_does(batch, message):
-    with pytest.raises(BadInput, match=message):
-        split_batch(train.parse_args(["--batch", str(batch)]), 3, torch.device("cpu"))
+def test_a_batch_that_does_not_divide_is_told_what_does():
+    with pytest.raises(BadInput, match="--batch 32 does not divide over 3 processes: .*33 does"):
+        split_batch(train.parse_args(["--batch", "32"]), 3, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("env, message", [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is not torchrun's, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: one"),
-    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process works alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, "")])
-def test_what_a_cluster_left_in_the_environment_is_no_torchrun(monkeypatch, env, message):
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "one process works alone"), ({"RANK": "1"}, ""), ({"LOCAL_RANK": "7"}, ""),
+    (dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "-1"), None)])
+def test_what_a_cluster_left_in_the_environment_is_no_torchrun(monkeypatch, recwarn, env, message):
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with pytest.raises(BadInput, match="RANK, WORLD_SIZE and LOCAL_RANK: ") if message is None else nullcontext():
         assert torchrun() == (0, 1, 0)
-    assert [message in str(line.message) for line in said] == [True] * bool(message)
-
-
-@pytest.mark.parametrize("value", ["two", "0", "-1"])
-def test_a_torchrun_environment_that_cannot_be_is_one_sentence(call, tmp_path, monkeypatch, value):
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(key, value)
-    code, _, error = call("train", "--out", tmp_path)
-    assert code == 2 and error.startswith("error: RANK, WORLD_SIZE and LOCAL_RANK: ")
+    assert [message in str(recwarn.pop().message) for _ in recwarn.list] == [True] * bool(message)

@@ -17,7 +17,6 @@ import shutil
 import signal
 import stat
 import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import plumbing.processes
 import plumbing.run
 import train
-from conftest import TINY, copy_tiny, edit, new_schedule
+from conftest import TINY, copy_tiny, edit, new_schedule, slow
 from dev.kill import differences, read_state
 from forks import in_step, signal_in_step, train_forked
 from matching import limited_guidance
@@ -108,8 +107,7 @@ def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
 
 
 @pytest.mark.parametrize("options, warmup, steps", [
-    (QUICK, 2, 5), (QUICK, 0, 3), pytest.param(QUICK, 50, 3, marks=pytest.mark.slow),
-    *[pytest.param(RUN, warmup, 8, marks=pytest.mark.slow) for warmup in (0, 3, 50)]])
+    (QUICK, 2, 5), (QUICK, 0, 3), slow(QUICK, 50, 3), *[slow(RUN, warmup, 8) for warmup in (0, 3, 50)]])
 def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, options, warmup, steps):
     """Before the critic begins, in its head start and after it, and where that is longer than the run. Only Ctrl-C is a
     failure, so that `train && evaluate` does not go on to evaluate."""
@@ -126,8 +124,7 @@ def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, opti
 
 @pytest.mark.parametrize("precision, dtype, scale", [
     ("fp16", torch.float32, 2.0**126),                      # passes in float16 take seconds on a CPU
-    pytest.param("fp16", torch.float16, 2.0**16, marks=pytest.mark.slow),
-    pytest.param("bf16", torch.bfloat16, None, marks=pytest.mark.slow)])
+    slow("fp16", torch.float16, 2.0**16), slow("bf16", torch.bfloat16, None)])
 def test_half_precision_resumes_bitwise(tmp_path, monkeypatch, precision, dtype, scale):
     """Its scale of the gradients, too, which overflow at first."""
     monkeypatch.setitem(PRECISION, precision, dtype)
@@ -168,7 +165,6 @@ def test_a_dry_run_loads_and_checks_and_writes_nothing(call, tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------------------- options
 def test_another_start_may_change_the_options_that_leave_the_student_alone(call, two):
     """A checkpoint says itself what made it; config.json is for people."""
-    assert not any(key in read_json(two / "config.json") for key in ("out", "dry_run"))
     for options, message in ((["--lr", "1e-5"], "lr 0.0005 there, 1e-05 here"), (["--beta", 1], "beta 0.1 there, 1.0"),
                              (["--teacher", "tiny"], "holds another run (teacher tiny-pixel there, tiny here; ")):
         (two / "config.json").unlink(missing_ok=True)
@@ -183,9 +179,8 @@ def test_another_start_may_change_the_options_that_leave_the_student_alone(call,
 
 @pytest.mark.parametrize("options", [
     "--guidance 1:6", "--solver euler", "--beta 0", "--negative-prompt bag", "--input-time 600", "--num-steps 25",
-    "--match 0.1", "--critic-lr 1e-3", "--ema 0.1", "--prompts {few}", *[pytest.param(option, marks=pytest.mark.slow)
-    for option in ("--guidance 1", "--match 0", "--match-from 0.9", "--precision bf16", "--seed 1", "--lr 1e-3",
-                   "--warmup 2")]])
+    "--match 0.1", "--critic-lr 1e-3", "--ema 0.1", "--prompts {few}", *map(slow, (
+        "--guidance 1", "--match 0", "--match-from 0.9", "--precision bf16", "--seed 1", "--lr 1e-3", "--warmup 2"))])
 def test_every_option_makes_another_student(usual, tmp_path, options):
     (tmp_path / "few").write_text("bag\ncoat\n")
     options = options.format(few=tmp_path / "few").split()
@@ -237,7 +232,6 @@ def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeyp
         _, eps, t, *_ = drawn[-1]
         assert n.shape == eps.shape and not n.equal(eps) and not tau.equal(t) and 20 <= tau.min() <= tau.max() <= 980
         assert teacher.func is limited_guidance and isinstance(critic, Critic) and "w" in condition
-        assert x.requires_grad
         means.append(x.mean().item())
         return x.flatten(1).mean(1), critic(x.detach(), tau, **condition)
     monkeypatch.setattr(train, "matching_loss", mean)
@@ -282,29 +276,24 @@ def test_what_a_killed_save_left_is_removed(call, two):
         path.write_bytes(b"x")
     assert call("train", *QUICK, "--out", two, "--dry-run")[0] == 0 and half.exists()
     assert call("train", *QUICK, "--out", two)[0] == 0 and mine.exists() and not half.parent.exists()
-    assert {path.name for path in (two / "state").iterdir()} - {".lock"} == {"step_2"}
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(call, tmp_path):
     """If all are damaged, they are kept as they are."""
-    out = tmp_path / "run"
-    options = [*QUICK, "--steps", 3, "--every", 2, "--out", out]
+    options = [*QUICK, "--steps", 3, "--every", 2, "--out", tmp_path]
     assert call("train", *options)[0] == 0
-    whole = read_state(out)
-    [file], [older] = (folder.glob("*.safetensors") for folder in checkpoints(out).values())
+    whole = read_state(tmp_path)
+    [file], [older] = (folder.glob("*.safetensors") for folder in checkpoints(tmp_path).values())
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     code, printed, error = call("train", *options)
-    assert code == 0 and "resuming at step 2" in printed, error
-    assert f"{file} is missing or damaged" in error and "the checkpoint before it is tried" in error
-    assert all(tensor.equal(whole[name]) for name, tensor in read_state(out).items())
+    assert code == 0 and "resuming at step 2" in printed and f"{file} is missing or damaged" in error, error
+    assert all(tensor.equal(whole[name]) for name, tensor in read_state(tmp_path).items())
     for path in (file, older):
         path.write_bytes(path.read_bytes()[:1000])
-    before = everything(out)
-    code, _, error = call("train", *options, "--steps", 5)
-    assert code == 2 and f"all checkpoints in {out / 'state'} are damaged; move {out} away to start anew" in error
-    assert everything(out) == before
+    before = everything(tmp_path)
+    assert f"move {tmp_path} away to start anew" in call("train", *options)[2] and everything(tmp_path) == before
 
 
 def test_room_for_three_checkpoints_is_checked_before_the_first_step(call, two, tmp_path, monkeypatch):
@@ -312,12 +301,11 @@ def test_room_for_three_checkpoints_is_checked_before_the_first_step(call, two, 
     size = sum(tensor.nbytes for tensor in read_state(two).values())
     there = sum(path.stat().st_size for path in two.rglob("*.safetensors"))
     for out, need in ((tmp_path / "new", 3 * size), (two, 3 * size - there)):
-        for free, dry, expected in ((need - 1, [], 2), (need, ["--dry-run"], 0)):
+        for free, dry, message in ((need - 1, (), "GB are free: a checkpoint takes"), (need, ("--dry-run",), "")):
             monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
             before = everything(tmp_path)
             code, _, error = call("train", *QUICK, "--steps", 9, "--out", out, *dry)
-            assert code == expected and everything(tmp_path) == before, error
-            assert code == 0 or f"no room in {out}, where {free / 1e9:.2f} GB are free: a checkpoint takes" in error
+            assert bool(code) == bool(message) and message in error and everything(tmp_path) == before, error
 
 
 def test_files_follow_the_umask(tmp_path):
@@ -325,33 +313,27 @@ def test_files_follow_the_umask(tmp_path):
     assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in everything(tmp_path)} == {0o640}
 
 
-def test_a_file_system_without_chmod_and_fsync_is_no_error(tmp_path, monkeypatch):
-    def refuse(number):
-        def call(*_, **__):
-            raise OSError(number, os.strerror(number))
-        return call
-    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
-    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
-    write_file(tmp_path / "file", lambda path: save_file({"a": torch.ones(1)}, path))
-    assert load_file(tmp_path / "file")["a"] == 1
-    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
-    with pytest.raises(BadInput, match="No space left"):
-        write_file(tmp_path / "file", lambda path: path.write_text("x"))
+def test_an_interrupted_write_leaves_the_old_file_and_a_file_system_may_lack_chmod_and_fsync(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    for name in ("chmod", "fsync"):
+        monkeypatch.setattr(os, name, refuse)
+    write_file(tmp_path / "file", lambda path: path.write_text("old"))
+    with pytest.raises(BadInput, match="Invalid argument"):
+        write_file(tmp_path / "file", lambda path: path.write_text("half") and refuse())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 # ----------------------------------------------------------------------------------------------- signals and terminals
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    twice = signal_in_step(1, signal.SIGINT, signal.SIGINT)
-    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=twice)
+    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=signal_in_step(1, signal.SIGINT, signal.SIGINT))
     assert codes == [130] and "stopping after this step; Ctrl-C now stops at once" in printed, printed
     assert "Traceback" not in printed and not checkpoints(tmp_path)
 
 
 def test_nohup_is_respected(tmp_path):
-    def prepare(rank):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal_in_step(1, signal.SIGHUP)(rank)
-    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=prepare)
+    codes, printed = train_forked(tmp_path, 1, *QUICK, prepare=lambda rank: (
+        signal.signal(signal.SIGHUP, signal.SIG_IGN), signal_in_step(1, signal.SIGHUP)(rank)))
     assert codes == [0] and "the student is in" in printed, printed
 
 
@@ -381,17 +363,12 @@ def test_a_resumed_log_has_every_step_once_and_keeps_remarks(call, two, monkeypa
 
 
 def test_curves_are_drawn_of_whatever_a_log_holds(call, tmp_path):
-    record, ink = {"bootstrap": 0.3, "boundary": 2.0, "critic": 0.1, "grad_norm": 1.0, "lr": 5e-4, "seconds": 9.0}, []
-    for number in (2, 1000):
-        lines = [json.dumps(record | {"step": 10 * k, "matching": None}) for k in range(1, number)]
-        (tmp_path / "log.jsonl").write_text("\n".join(["a remark", *lines, '{"torn']))
+    lines = [json.dumps({"step": 10 * k, "bootstrap": 1 / k, "matching": None, "lr": 5e-4}) for k in range(1, 9)]
+    for text, expected in (["a remark", *lines, '{"torn'], 0), (["a remark"], 2):
+        (tmp_path / "log.jsonl").write_text("\n".join(text))
         code, printed, error = call("tools.curves", tmp_path)
-        assert code == 0 and printed.strip() == str(tmp_path / "curves.png"), error
-        ink.append(Image.open(tmp_path / "curves.png").convert("L").histogram()[255])
-    assert ink[1] < ink[0]
-    (tmp_path / "log.jsonl").write_text("a remark\n")
-    code, _, error = call("tools.curves", tmp_path)
-    assert code == 2 and "has no record of a step" in error
+        assert code == expected and (str(tmp_path / "curves.png") in printed or "has no record of a step" in error)
+    assert Image.open(tmp_path / "curves.png").convert("L").getextrema()[0] < 100
 
 
 # -------------------------------------------------------------------------------------------------- losses that explode
@@ -408,7 +385,6 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(call, tmp_path, monkey
     _, _, t, *_ = train.draw(0, 3, range(2), (3, 32, 32), 1000, 10, 3.0)
     assert code == 2 and f"bootstrap and grad_norm not finite at step 3 (times {t.tolist()}, ..." in error, error
     assert "guidance [3.0, 3.0]" in error and "lower --lr" in error and list(checkpoints(tmp_path)) == [3]
-    assert all(tensor.isfinite().all() for tensor in student(tmp_path).values())
 
 
 def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, call, tmp_path):
@@ -418,29 +394,19 @@ def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(pixel, 
     assert code == 2 and "no weight has changed yet, so the teacher" in error and "--lr" not in error
 
 
-@pytest.mark.parametrize("load, threads, policy, speaks", [
-    (1.5, 2, "", True), (0.1, 2, "", False), (1.5, 1, "", False), (1.5, 2, "passive", False)])
-def test_a_busy_machine_is_named_where_threads_would_wait(monkeypatch, load, threads, policy, speaks):
-    monkeypatch.setattr(os, "getloadavg", lambda: (load * os.cpu_count(), 0, 0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+def test_a_busy_machine_is_named_where_threads_would_wait(monkeypatch, recwarn):
+    for load, threads, policy, speaks in ((1.5, 2, "", 1), (0.1, 2, "", 0), (1.5, 1, "", 0), (1.5, 2, "passive", 0)):
+        monkeypatch.setattr(os, "getloadavg", lambda: (load * os.cpu_count(), 0, 0))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
         plumbing.processes.warn_if_busy(torch.device("cpu"))
-    assert ["OMP_NUM_THREADS=1" in str(line.message) for line in said] == [True] * speaks
+        assert ["OMP_NUM_THREADS=1" in str(recwarn.pop().message) for _ in recwarn.list] == [True] * speaks
 
 
 # ------------------------------------------------------------------------------------------- prompts, other schedules
 def test_composed_prompts_are_many_distinct_and_repeatable():
     prompts = compose_prompts()
     assert len(set(prompts)) == 100_000 and prompts[:50] == compose_prompts(50)
-    assert all(3 <= len(prompt.split()) <= 24 for prompt in prompts)
-
-
-def test_training_warns_of_long_prompts_once(call, tmp_path):
-    (tmp_path / "long.txt").write_text("".join("red " * 90 + f"hat {k}\n" for k in range(32)))
-    code, _, error = call("train", "--prompts", tmp_path / "long.txt", "--out", tmp_path / "run", "--dry-run")
-    assert code == 0 and error.count("prompt truncated") == 1 == error.count("others like it are not shown"), error
 
 
 def test_a_negative_prompt_without_guidance_warns(call, tmp_path):
