@@ -32,7 +32,7 @@ al. 2024 (2404.07724). Arguments and shapes are those of signal_ode.py.
 
 import torch
 
-from signal_ode import add_noise, append_dims
+from signal_ode import add_noise, append_dims, mean_square
 
 LEAST_SIGNAL = 0.288        # alpha_tau from which on the teacher is guided: 0.7 T of Stable Diffusion, 0.5 T of DDPM
 
@@ -56,7 +56,7 @@ def critic_loss(x, h, tau, schedule):
     as the teacher was trained. `x`: the student's samples, without gradient. `h`: the critic's predictions of them."""
     alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
     unit = {"epsilon": (alpha / sigma) ** 2, "v_prediction": 1 / sigma**2, "sample": torch.ones_like(sigma)}
-    error = (h - x).square().flatten(1).mean(1)
+    error = mean_square(h - x)
     return append_dims(unit[schedule.prediction], error) * error
 
 

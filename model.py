@@ -211,7 +211,7 @@ def project(layer, z):
 
 
 class Block(nn.Module):
-    """One resolution of a network, the unit to checkpoint, to shard and to compile. Its lists may be empty."""
+    """One resolution of a network, the unit to checkpoint and to shard. Its lists may be empty."""
 
     def __init__(self, resnets, attentions=(), downsamplers=(), upsamplers=()):
         super().__init__()
@@ -371,7 +371,7 @@ class UNet(nn.Module):
         return emb
 
     def blocks(self):
-        """What is recomputed, sharded or compiled as a whole."""
+        """What is recomputed or sharded as a whole."""
         return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
     def run(self, block, *inputs):
@@ -440,7 +440,6 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = dict(config)
         c = self.settings = read_config(config, VAE_CONFIG)
         self.scale, channels = c["scaling_factor"], c["latent_channels"]
         self.encoder, self.decoder = Encoder(c), Decoder(c)
@@ -479,7 +478,6 @@ class TinyVAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = dict(config)
         c = self.settings = read_config(config, TINY_VAE_CONFIG, lists=TINY_VAE_LISTS)
         self.scale, conv = c["scaling_factor"], functools.partial(nn.Conv2d, kernel_size=3, padding=1)
         for key in TINY_VAE_LISTS[:2]:
@@ -540,7 +538,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = dict(config)
         config = self.settings = read_config(config, TEXT_CONFIG)
         width, heads = config["hidden_size"], config["num_attention_heads"]
         check("num_attention_heads", heads, f"a divisor of hidden_size, {width}", width % heads == 0)

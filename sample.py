@@ -181,8 +181,8 @@ def main():
     prompts, seeds, scales = read_inputs(args, student)
     jobs = list_jobs(args.num, seeds, prompts, scales)
     is_file = args.out.suffix.lower() in Image.registered_extensions() and not args.out.is_dir()
-    if args.grid and world > 1:
-        raise BadInput("--grid is for one process")
+    if (args.grid or is_file) and world > 1:
+        raise BadInput("--grid, and --out with the name of a file, are for one process")
     if is_file and (args.out.suffix.lower() != ".png" or (len(jobs) > 1 and not args.grid)):
         raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: give a folder, or the name of a .png "
                        "file for a single image, or with --grid for the sheet")

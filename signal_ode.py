@@ -115,8 +115,8 @@ def clean_prediction(out, x_t, t, schedule):
     they would be as large as the differences that L_BS measures."""
     out, x_t = (z if z.dtype == torch.float64 else z.float() for z in (out, x_t))
     alpha_t, sigma_t = append_dims(schedule.alpha(t), x_t), append_dims(schedule.sigma(t), x_t)
-    if schedule.prediction == "epsilon":
-        return (x_t - sigma_t * out) / alpha_t
+    if schedule.prediction == "epsilon":                                    # (x_t - sigma_t * out) / alpha_t
+        return signal(x_t, out, t, schedule)
     if schedule.prediction == "v_prediction":                               # Salimans & Ho 2022
         return alpha_t * x_t - sigma_t * out
     return out
@@ -145,8 +145,6 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
     because the latter's x_T is alpha_T * y_T + sigma_T * eps. `start` replaces either start.
     The solver "euler" takes f at t. "heun" takes the mean of f at t and at the state predicted for s.
     `denoise`: callable (x_t, t, **condition) -> f, t an int. `grid`: ints from T down, such as schedule.grid(50)."""
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"solver = {solver!r} is not supported: euler or heun")
     step = ddim_step if space == "x" else signal_step
     if start is None:
         start = eps if space == "x" else denoise(eps, grid[0], **condition)

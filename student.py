@@ -8,14 +8,13 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from model import UNet
 from plumbing.configs import Number, check, target_slot
-from plumbing.files import BadInput, parsing, read_json, write_file, write_json
+from plumbing.files import BadInput, parsing, read_json, write_json
 from plumbing.hub import TINY, find, resolve
 from plumbing.layout import fingerprint
-from plumbing.weights import WEIGHTS, build, load_module, read_tensors, weight_files
+from plumbing.weights import WEIGHTS, build, load_module, read_tensors, weight_files, write_tensors
 from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
 
@@ -130,13 +129,11 @@ def save_student(folder, student, tensors=None, dtype=torch.float32):
     what this code needs to call the student. Raises BadInput.
     `tensors`: its weights, where they are not those that the network has now."""
     folder, teacher = Path(folder), student.teacher
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in (tensors or student.network.state_dict()).items()}
     write_json(folder / "config.json", student.network.config)
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_tensors(folder / WEIGHTS, tensors or student.network.state_dict(), dtype)
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):

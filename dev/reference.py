@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train
 from matching import critic_loss, identity_loss, limited_guidance
+from plumbing.run import MAX_NORM
 from signal_ode import add_noise, bootstrap_loss, boundary_loss, cfg, clean_prediction, student_signal
 from student import set_trainable
 
@@ -45,7 +46,7 @@ class Loop:
             torch.nn.init.zeros_(p)
         set_trainable(student)
         self.networks = {"student": student, "critic": unet().to(self.device).train()}
-        adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, 0.99), weight_decay=0.0)
+        adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, train.BETA_2), weight_decay=0.0)
         self.adams = {"student": adam([p for p in student.parameters() if p.requires_grad], args.lr),
                       "critic": adam(self.networks["critic"].parameters(), args.critic_lr)}
         self.ema = EMAModel(student.parameters(), decay=args.ema)
@@ -83,7 +84,7 @@ class Loop:
         match, critic_learns = step >= self.match_from, step >= self.critic_from
         boot = not match or (step + 1) % train.BOOT_EVERY == 0
         rate, beta_1 = train.learning_rate(step, args, self.match_from), train.MATCH_BETA_1 if match else train.BETA_1
-        self.adams["student"].param_groups[0] |= {"lr": rate, "betas": (beta_1, 0.99)}
+        self.adams["student"].param_groups[0] |= {"lr": rate, "betas": (beta_1, train.BETA_2)}
         for adam in self.adams.values():
             adam.zero_grad()
         for first in range(0, args.batch, args.micro_batch):
@@ -121,6 +122,6 @@ class Loop:
                     L_C = critic_loss(x, h, tau, schedule)
                 (L_C.sum() / args.batch).backward()
         for name, adam in self.adams.items():
-            torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), MAX_NORM)
             adam.step()                                     # not the critic's before it learns: it has no gradient
         self.ema.step(self.networks["student"].parameters())

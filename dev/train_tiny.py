@@ -30,8 +30,8 @@ from plumbing.configs import read_schedule
 from plumbing.files import BadInput, command, read_json, write_file, write_json
 from plumbing.hub import TINY
 from plumbing.processes import pick_device
-from plumbing.tokenizer import VISIBLE, Tokenizer
-from plumbing.weights import WEIGHTS, load_module
+from plumbing.tokenizer import VISIBLE, Tokenizer, join
+from plumbing.weights import WEIGHTS, load_module, write_tensors
 from signal_ode import Schedule, add_noise, append_dims
 from student import load_student, save_student
 from tools.judge import Judge, article, frechet, load_judge, moments, prompt
@@ -140,9 +140,8 @@ def fit(name, modules, loss, args, lr, batch, combinations=COMBINATIONS):
 
 def save(folder, module, config, name=WEIGHTS):
     """A network in half precision."""
-    state = {key: tensor.detach().to("cpu", torch.float16).contiguous() for key, tensor in module.state_dict().items()}
     write_json(folder / "config.json", config)
-    write_file(folder / name, lambda path: save_file(state, path, {"format": "pt"}))
+    write_tensors(folder / name, module.state_dict(), torch.float16)
 
 
 def copy(args, *names):
@@ -164,13 +163,7 @@ def learn_merges(words):
         best = max(sorted(set(pairs)), key=pairs.count)
         merges.append(best)
         for word, split in splits.items():
-            merged = []
-            for symbol in split:
-                if merged and (merged[-1], symbol) == best:
-                    merged[-1] += symbol
-                else:
-                    merged.append(symbol)
-            splits[word] = merged
+            splits[word] = join(split, best)
     return merges
 
 

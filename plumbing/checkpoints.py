@@ -76,7 +76,7 @@ def check_options(out, options, saved):
 def check_space(out, size):
     """Raise BadInput if the disk cannot hold three checkpoints of `size` bytes: two are kept while a third is written.
     """
-    need = 3 * size - sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    need = 3 * size - sum(path.stat().st_size for path in (out / "state").rglob("*.safetensors"))
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if need > free:

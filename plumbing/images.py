@@ -2,8 +2,9 @@
 
     eps = noise([7, 8], teacher.shape)                      # each sample from a generator of its own
     rows = [to_pil(images)]
-    save_png(path, image_grid(rows), {"prompt": "a red bag", "seed": 7})
-    is_made(path, {"prompt": "a red bag", "seed": 7})       # True: need not be made again
+    about = {"prompt": "a red bag", "seed": 7, "student": "runs/tiny", "weights": student.fingerprint}
+    save_png(path, image_grid(rows), about)
+    is_made(path, about)                                    # True: need not be made again
 
 A PNG file under its final name is whole.
 """

@@ -326,7 +326,8 @@ class Run(contextlib.ExitStack):
         all along. Every process makes samples; otherwise the others would wait for rank 0."""
         teacher, w = self.teacher, self.ema.pick_guidance()
         if self.teacher_row is None:
-            self.teacher_row = self.make_samples(functools.partial(teacher.solve, grid=teacher.schedule.grid(50), w=w))
+            grid = teacher.schedule.grid(min(50, teacher.schedule.T))
+            self.teacher_row = self.make_samples(functools.partial(teacher.solve, grid=grid, w=w))
         student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
         if self.rank == 0 and self.teacher_row and student_row:
             save_grid = functools.partial(image_grid([self.teacher_row, student_row], 96).save, format="PNG")

@@ -57,14 +57,19 @@ def merge(word, rank):
         lowest = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
         if lowest not in rank:
             break
-        merged = []
-        for part in parts:
-            if merged and (merged[-1], part) == lowest:
-                merged[-1] += part
-            else:
-                merged.append(part)
-        parts = merged
+        parts = join(parts, lowest)
     return parts
+
+
+def join(parts, pair):
+    """The parts with every such pair of neighbours made one, from left to right."""
+    joined = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 NAMED = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",

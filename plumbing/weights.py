@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from plumbing.files import BadInput, parsing, read_json
+from plumbing.files import BadInput, parsing, read_json, write_file
 
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"
@@ -27,6 +28,12 @@ def open_tensors(path):
             yield file
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def write_tensors(path, tensors, dtype):
+    """Write {name: tensor}, cast, with the metadata that diffusers and transformers ask for. Raises BadInput."""
+    cast = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(cast, temporary, {"format": "pt"}))
 
 
 def weight_names(file):

@@ -5,7 +5,7 @@
 - A LoRA of full rank makes the teacher the student; one of a lower rank says how far off it is.
 - Its README.md has lines of code that run. A push uploads the whole folder; a failed one says what to do.
 - A single file has the names, shapes and numbers of tensors of the original files, and diffusers reads all of them
-  back, of models with SD 1.x's and 2.x's configs. What is no Stable Diffusion is refused, naming the key or the tensor.
+  back, of models with SD 1.x's and 2.x's configs.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CHECKPOINTS, COSINE, DDPM, PROMPTS, SD, TINY, ZERO_SNR, copy_tiny, new_schedule, slow
 import tools.export
 from model import VAE, TextEncoder, UNet
-from plumbing.files import BadInput, read_json, write_json
+from plumbing.files import read_json, write_json
 from plumbing.weights import STEM, WEIGHTS, init_on_meta, read_tensors, remap_key, weight_files
 from student import load_student, new_student, save_student
 from teacher import load_teacher
@@ -283,13 +283,3 @@ def test_names_and_shapes_are_the_published_ones(name, texts):
     assert {key: shapes.get(key) for key in known} == known
     counts = [sum(key.startswith(part) for key in shapes) for part in ("model.", "first_stage_model.", "cond_stage_")]
     assert counts == [686, 248, texts] and sum(counts) == len(shapes)
-
-
-@pytest.mark.parametrize("part, key, value", [
-    ("config", "_class_name", "UNet2DModel"), ("config", "time_cond_proj_dim", 256), ("config", "num_class_embeds", 10),
-    ("unet", "class_embedding.linear_1.weight", torch.zeros(1))])
-def test_what_is_not_stable_diffusion_is_refused(part, key, value):
-    arguments = published("sd15")
-    arguments[part][key] = value
-    with pytest.raises(BadInput, match=f"{key} (= {value!r} is not supported|can't be written to a single file)"):
-        single_file(**arguments)

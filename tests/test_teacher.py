@@ -359,7 +359,7 @@ def test_rounded_networks_stay_within_their_bound(name, prompts, dtypes):
         eps, condition = noise(range(len(prompts)), teacher.shape).to(wide), teacher.encode(prompts) | {"w": 3.0}
         student, found, schedule = new_student(teacher, 600, 3.0), [], teacher.schedule
         student.network.to(wide)
-        for t in (1000, 500, 40):
+        for t in torch.tensor([1000, 500, 40])[:, None].expand(-1, len(eps)):
             found.append(teacher.denoise(eps, t, **condition))
             with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
                 y_t = student(eps, t, **condition)

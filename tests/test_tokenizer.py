@@ -111,7 +111,7 @@ def test_a_missing_or_broken_file_is_one_sentence_with_its_name(folder):
     path = folder("sd21-base")
     edit(path / "special_tokens_map.json", pad_token="<nowhere>")
     refused("vocab.json has no '<nowhere>'")
-    for file in ("tokenizer_config.json", "merges.txt", "vocab.json"):
+    for file in ("merges.txt", "vocab.json", "tokenizer_config.json"):          # what is read first comes last
         (path / file).write_bytes(b"\xff{")
         refused(f"{file} (can't be read|is not UTF-8)")
         (path / file).unlink()

@@ -301,6 +301,14 @@ def name_rows(grid, names):
     return named
 
 
+def usual_place(student, teacher):
+    """Where the figures of a student are kept: in its folder or, of one that is shipped or the hub's, under runs/."""
+    folder = Path(student)
+    if not folder.is_dir() or folder.resolve().is_relative_to(TINY.resolve()):
+        folder = Path("runs") / f"{Path(teacher.spec).name}-shipped"
+    return folder / "evaluation.json"
+
+
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -397,10 +405,7 @@ def main():
         print(f"real test images through the autoencoder alone: frechet {evaluation.config['autoencoder']:.1f}")
     accuracy = evaluation.config["accuracy"]
     print(f"the judge is right about real test images: {', '.join(f'{k} {v:.1%}' for k, v in accuracy.items())}")
-    path = Path(args.student)
-    ours = path.is_dir() and TINY.resolve() not in path.resolve().parents
-    folder = path if ours else Path("runs") / f"{Path(teacher.spec).name}-shipped"
-    out = args.json or folder / "evaluation.json"
+    out = args.json or usual_place(args.student, teacher)
     store(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w,
                             "decoder": args.decoder, "judge": accuracy, "rows": rows}, needed=args.json is not None)
     grid = name_rows(image_grid([*sheet, student_images], 96), [f"DDIM-{k}" for k in STEPS] + ["student"])

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
 
 from model import UNet, guidance_sinusoid
 from plumbing.configs import read_schedule, target_slot
@@ -31,9 +30,10 @@ from plumbing.images import noise
 from plumbing.layout import part_folder
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
-from plumbing.weights import WEIGHTS, build
+from plumbing.weights import WEIGHTS, build, write_tensors
 from signal_ode import clean_prediction
 from student import load_student
+from tools.evaluate import usual_place
 from tools.single_file import single_file
 
 LORA = "pytorch_lora_weights.safetensors"       # what load_lora_weights looks for
@@ -178,17 +178,11 @@ def lora_error(tensors, made, student):
 
 
 # ------------------------------------------------------------------------------------------------------- writing
-def save(path, tensors, dtype):
-    """Write tensors, cast, with the metadata that diffusers and transformers ask for."""
-    cast = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda p: save_file(cast, p, {"format": "pt"}))
-
-
 def save_text_parts(out, teacher, vae_folder, dtype):
     """Write vae/, text_encoder/ and tokenizer/; returns their lines of model_index.json."""
     vae = read_json(vae_folder / "config.json")
-    save(out / "vae" / WEIGHTS, teacher.vae.state_dict(), dtype)
-    save(out / "text_encoder" / "model.safetensors", teacher.text_encoder.state_dict(), dtype)
+    write_tensors(out / "vae" / WEIGHTS, teacher.vae.state_dict(), dtype)
+    write_tensors(out / "text_encoder" / "model.safetensors", teacher.text_encoder.state_dict(), dtype)
     write_json(out / "vae" / "config.json", vae)
     write_json(out / "text_encoder" / "config.json", read_json(teacher.folder / "text_encoder" / "config.json"))
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -227,11 +221,11 @@ def export(student, args):
         files[LORA], made = make_lora(tensors, student, args.lora, dtype)
         error = lora_error(tensors, made, student)
 
-    save(out / "unet" / WEIGHTS, unet, dtype)
+    write_tensors(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     for name, content in files.items():
-        save(out / name, content, dtype)
+        write_tensors(out / name, content, dtype)
     parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if teacher.text_encoder:
         parts |= save_text_parts(out, teacher, vae_folder, dtype)
@@ -272,16 +266,12 @@ def card(student, args, pipeline, error):
 def figures(args, teacher, w):
     """A table of the student's rows and of the teacher's fifty steps, if tools.evaluate has left one for this scale and
     decoder in its usual place."""
-    folder, _ = find(args.student)
-    places = [folder, folder.parent]
-    if TINY in folder.resolve().parents:
-        places = [Path("runs") / f"{Path(teacher.spec).name}-shipped"]
-    found = [read_json(place / "evaluation.json") for place in places if (place / "evaluation.json").exists()][:1]
-    if not found or (found[0]["guidance"], found[0].get("decoder")) != (w, args.decoder):
+    found = read_json(usual_place(args.student, teacher), default={})
+    if (found.get("guidance"), found.get("decoder")) != (w, args.decoder):
         return "There was no evaluation.json beside the student: `python -m tools.evaluate` makes one."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
     lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
-    for row in found[0]["rows"]:
+    for row in found["rows"]:
         if row["sampler"] == "student" or row["steps"] == 50:
             limited = ", limited" if row.get("limited") else ""
             name = f"{row['sampler']}, {row['steps']}, w = {row['guidance']:g}{limited}"

@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 import train
 from plumbing.checkpoints import FILE_SIZE
@@ -36,17 +36,11 @@ PYTHON = 440e6          # bytes of a process on a CPU with its libraries, their 
 TFLOPS = {"cpu": 0.1, "cuda": 100.0}            # of two CPU cores in fp32; of an H200 in bf16, four samples at once
 
 
-def attention_flops(q, k, v, *_, **__):
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def attention_backward_flops(grad, q, k, v, *_, **__):
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
+aten = torch.ops.aten
 FORMULAS = flop_registry | {                    # torch's own, and those of a CPU's attention, which it lacks
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 
 
 class Meter(TorchDispatchMode):

@@ -11,9 +11,6 @@ import re
 
 import torch
 
-from plumbing.configs import check
-from plumbing.files import BadInput, parsing
-
 # The U-Net's modules outside its levels, {ours: theirs}, with the dot that ends a module's name. Their numbers count
 # the entries of an nn.Sequential, of which the SiLUs have no weights.
 UNET = {"conv_in.": "input_blocks.0.0.", "time_embedding.linear_1.": "time_embed.0.",
@@ -75,12 +72,10 @@ def unet_modules(config):
 
 
 def original_unet(unet, config):
-    """The U-Net's tensors by their original names. Raises BadInput for one that has none."""
+    """The U-Net's tensors by their original names."""
     modules, tensors = unet_modules(config), {}
     for name, tensor in unet.items():
-        module = next((known for known in modules if name.startswith(known)), None)
-        if module is None:
-            raise BadInput(f"{name} can't be written to a single file: Stable Diffusion's U-Net has no such layer")
+        module = next(known for known in modules if name.startswith(known))
         layer = name.removeprefix(module)
         if ".resnets." in module:
             layer = replaced(layer, RESNET)
@@ -115,12 +110,7 @@ def single_file(unet, vae, text_encoder, config):
     """{name: tensor} as in the original checkpoints of Stable Diffusion 1.x or, if the text is 1024 wide, of 2.x.
     `unet`, `vae`, `text_encoder`: {name: tensor} under the names of model.py. `config`: the U-Net's published one.
     Such a file has no place for the schedule, for what the U-Net predicts, for the numbers of heads and groups, and for
-    the scale of the latents. Its readers have configs of their own for these, or take Stable Diffusion's.
-    Raises BadInput, naming the key of the config or the tensor, for a U-Net that isn't Stable Diffusion's."""
-    with parsing("a U-Net in a single file"):
-        check("_class_name", config.get("_class_name", "UNet2DConditionModel"), ["UNet2DConditionModel"])
-        for key in ("time_cond_proj_dim", "class_embed_type", "target_embed_type", "num_class_embeds"):
-            check(key, config.get(key), [None])
+    the scale of the latents. Its readers have configs of their own for these, or take Stable Diffusion's."""
     parts = {"model.diffusion_model.": original_unet(unet, config), "first_stage_model.": original_vae(vae)}
     if text_encoder["text_model.final_layer_norm.weight"].shape == (1024,):
         parts["cond_stage_model.model."] = open_clip(text_encoder)
