@@ -15,14 +15,15 @@ student makes too much or too little of something.
 
 The mean of || f - h ||^2 is, up to a factor, the Fisher divergence between the two noised distributions, provided that
 the critic is right. It depends on the student twice: through x_tau, and through the critic, which follows the student.
-We cannot differentiate through the critic's training. SiD's identity supplies that term. The mean of (f - h) . (h - x)
-is zero for every student with its own best critic, so its whole gradient is zero. The part of it through the critic is
-minus half of the missing term; hence the other part, at a fixed critic, is half of the missing term. SiD weighs the two
-terms by a number a, as published 1 or 1.2 (it is called alpha there):
+A backward pass of || f - h ||^2 at a fixed critic lacks the gradient through the critic, because we cannot
+differentiate through the critic's training. SiD's identity supplies it. The mean of (f - h) . (h - x) is zero for every
+student with its own best critic, so its whole gradient is zero. Its gradient through the critic is minus half of the
+lacking one; hence its gradient at a fixed critic is half of the lacking one. SiD's loss therefore adds the two terms,
+weighted by a number a, as published 1 or 1.2 (it is called alpha there):
 
     L = (1 - a) * || f - h ||^2 + (f - h) . (h - x)
 
-The exact gradient has a = 1/2. We take a = 1, which drops the first part.
+With a = 1/2, L has half of the exact gradient. We take a = 1, which drops the first term.
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
 The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), and its scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow
@@ -34,7 +35,7 @@ import torch
 
 from signal_ode import add_noise, append_dims, mean_square
 
-LEAST_SIGNAL = 0.288        # alpha_tau from which on the teacher is guided: 0.7 T of Stable Diffusion, 0.5 T of DDPM
+LEAST_SIGNAL = 0.288        # the teacher is guided where alpha_tau is at least this: up to 0.7 T for SD, 0.5 T for DDPM
 
 
 def identity_loss(x, f, h):
@@ -83,7 +84,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
     clamped = h if clip is None else h.clamp(-1.5 * clip, 1.5 * clip)
     unit = error_unit(leaf, f)
-    product = ((f - clamped) * (clamped - leaf) / unit).sum()       # a mean's gradient would underflow in fp16
+    product = ((f - clamped) * (clamped - leaf) / unit).sum()       # the mean is in the last line; here it underflows
     with torch.autocast(x.device.type, enabled=False):              # backward passes run outside autocast
         [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
     divergence = ((f - clamped).square() / unit).detach()

@@ -93,7 +93,7 @@ def heun_mean(f, y_t, teacher, eps, t, s, schedule, **condition):
     second order, as Heun's method is: a better target for the same t - s. Where s = 0, f stays as it is, as in `solve`.
     """
     y_s = signal_step(y_t, f, t, s, schedule)
-    f_s = teacher(add_noise(y_s, eps, s, schedule), s.clamp(min=1), **condition)            # no network knows time 0
+    f_s = teacher(add_noise(y_s, eps, s, schedule), s.clamp(min=1), **condition)            # no denoiser knows time 0
     return torch.where(append_dims(s, f) > 0, (f + f_s) / 2, f)
 
 
@@ -153,7 +153,7 @@ def solve(denoise, eps, grid, schedule, solver="euler", space="y", start=None, *
         state = states[-1]
         x_t = state if space == "x" else add_noise(state, eps, t, schedule)
         f = denoise(x_t, t, **condition)
-        if solver == "heun" and s > 0:                      # at s = 0 the step ends in f, and no network knows time 0
+        if solver == "heun" and s > 0:                      # at s = 0 the step ends in f, and no denoiser knows time 0
             predicted = step(state, f, t, s, schedule)
             x_s = predicted if space == "x" else add_noise(predicted, eps, s, schedule)
             f = (f + denoise(x_s, s, **condition)) / 2
@@ -167,16 +167,16 @@ def boot_losses(student, teacher, eps, t, s, schedule, boundary, solver="euler",
     (B',). The samples of both go through one pass of the teacher, at times t and T. They also share the student's pass
     with a gradient, at s and T. train.py calls this function. Unless `boundary` is slice(0), which picks none,
     all values of the condition must be tensors (B, ...)."""
-    eps_T, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
+    eps_boundary, T = eps[boundary], torch.full_like(t[boundary], schedule.T)
     both = repeat_rows(condition, boundary)
     with torch.no_grad():
         y_t = student(eps, t, **condition)
-        x_t = torch.cat([add_noise(y_t, eps, t, schedule), eps_T])
+        x_t = torch.cat([add_noise(y_t, eps, t, schedule), eps_boundary])
         f, f_T = teacher(x_t, torch.cat([t, T]), **both).split([len(t), len(T)])
         if solver == "heun":
             f = heun_mean(f, y_t, teacher, eps, t, s, schedule, **condition)
         y_s = signal_step(y_t, f, t, s, schedule)
-    g_s, g_T = student(torch.cat([eps, eps_T]), torch.cat([s, T]), **both).split([len(t), len(T)])
+    g_s, g_T = student(torch.cat([eps, eps_boundary]), torch.cat([s, T]), **both).split([len(t), len(T)])
     return scaled_error(g_s, y_s, t, s, schedule), mean_square(g_T - f_T)
 
 

@@ -13,7 +13,7 @@ The losses are in signal_ode.py and matching.py. Whatever is no part of the meth
     run.begin                   lock the folder and find the last checkpoint
     run.restore                 read that checkpoint; returns the step to go on at
     run.ready                   say what begins, and note which network is saved and sampled
-    run.add                     make a network part of the checkpoint, sharded if asked; returns its Adam if it learns
+    run.add                     take a network into the run, saved and sharded if asked; returns its Adam if it learns
     run.steps                   the steps still to be made, none with --dry-run; ends early on Ctrl-C
     run.micro_batches           this process's samples of a step, as ranges of consecutive indices in the whole batch
     run.memory_permitting       if memory runs out inside, micro_batches clears the step's gradients and logged values,
@@ -22,8 +22,8 @@ The losses are in signal_ode.py and matching.py. Whatever is no part of the meth
     run.encode                  the conditions of prompts, by their indices
     run.autocast                mixed precision: torch.autocast, without its cache of weights that were cast
     run.backward                a backward pass, scaled where fp16 needs it
-    run.log, log_by_time        add to the step's logged values; or of a loss of each sample, by eighths of 0..T
-    run.remember                note what is named if a loss is not finite
+    run.log, log_by_time        add to the step's logged values; log a loss of each sample separately by eighths of 0..T
+    run.remember                values for the error message, in case a loss is not finite
     run.update, average         sum gradients over processes, clip each network's, step its Adam; move the average
     run.after                   stop if a loss is not finite; log, checkpoint and make samples where they are due
 """
@@ -102,7 +102,7 @@ def add_options(parser):
     option("--beta", type=float, default=0.1, help="weight of the boundary loss; 0 leaves the noise end loose "
            "(default: %(default)s)")
     option("--match", type=float, default=16.0, help="weight of the matching loss beside BOOT's, for samples as sharp "
-           "and varied as the teacher's; 0 is the paper alone, and spares the critic, 16 bytes a parameter "
+           "and varied as the teacher's; 0 is BOOT alone, and spares the critic, 16 bytes a parameter "
            "(default: %(default)s)")
     option("--match-from", type=float, default=0.45, help="part of the run after which the student is matched: before, "
            "it has to make something worth matching (default: %(default)s)")
@@ -190,8 +190,8 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
 
 
 def learning_rate(step, args, match_from):
-    """Linear warm-up to --lr, then a linear decay to the rate of matching. From the step match_from on the rate is that
-    of matching, and over its last part decays to zero. BOOT alone ends at zero."""
+    """Linear warm-up to --lr; that rate; over the last 60% before match_from, a linear decay to the rate of matching.
+    From then on that rate, with a linear decay to zero over the last 60%. BOOT alone decays to zero."""
     match_lr = MATCH_LR * args.lr if args.match else 0.0
     if step < match_from:
         warm = (step + 1) / max(args.warmup, 1)
@@ -228,7 +228,7 @@ def train(args, run):
     # Up to three networks start with the teacher's weights. The student learns; the average (EMA) of its weights is
     # what is kept; the critic learns to denoise the student's samples.
     student = new_student(teacher, args.input_time, args.guidance)
-    set_trainable(student.network)                          # all but norms and biases, which an exported LoRA lacks
+    set_trainable(student.network)                          # not norms and biases, which an exported LoRA can't hold
     student_adam = run.add("student", student.network, args.lr, (BETA_1, BETA_2))
     run.add("teacher", teacher.unet, saved=False)           # it never learns, but may be sharded
     ema = student                                           # without an average, the student itself is kept
@@ -237,7 +237,7 @@ def train(args, run):
         run.add("ema", ema.network)
     critic_steps = torch.tensor(0)                          # how many steps the critic has learned
     if args.match:
-        critic = new_critic(student)
+        critic = new_critic(student)                        # the teacher's weights, and an input w if student has one
         critic.network.requires_grad_(True)                 # all of it, because the critic is not exported
         critic_adam = run.add("critic", critic.network, args.critic_lr, (MATCH_BETA_1, BETA_2))
         run.state["critic_steps"] = critic_steps            # saved, and filled in place by run.restore
