@@ -5,12 +5,15 @@
     python sample.py --prompt "a green coat on a pink background" --compare 1 10 50 --refine 2
     torchrun --nproc_per_node=8 -- sample.py --student runs/sd21 --prompts many.txt --out samples/many
 
-Image N has seed + N. If you give several seeds, each prompt gets an image from each. Each PNG stores its prompt, seed,
-guidance and student. The same command again skips the images that are there.
+Image N has seed + N. If you give several seeds, each prompt gets an image from each. A file is called by its prompt and
+seed. Each PNG stores its prompt, seed, guidance and student. The same command again skips the images that are there. If
+the student has changed since then, they are kept, with the old student's digits in their names, and made anew.
 `python -m tools.interpolate` makes films from one seed, prompt or scale to another.
 """
 
 import argparse
+import hashlib
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, parsing
+from plumbing.files import BadInput, command, parsing, user_path, user_spec
 from plumbing.hub import TINY
 from plumbing.images import image_grid, is_made, noise, read_about, save_png, to_pil
 from plumbing.processes import PRECISION, pick_device, torchrun
@@ -40,18 +43,19 @@ def new_parser(description):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     option = parser.add_argument
-    option("--student", default=TINY / "student", help="what train.py wrote (default: the shipped one)")
-    option("--teacher", help="its teacher's folder, if that has moved since the training")
+    option("--student", type=user_spec, default=TINY / "student", help="what train.py wrote (default: the shipped one)")
+    option("--teacher", type=user_spec, help="its teacher's folder, if that has moved since the training")
     option("--prompt", action="append", default=[], help="may be given several times")
     option("--label", action="append", default=[], help="a class, its name or number; may be given several times")
-    option("--prompts", type=Path, help="text file, one prompt or label a line, thousands if you like")
+    option("--prompts", type=user_path, help="text file, one prompt or label a line, thousands if you like")
     option("--seed", type=parse_seeds, nargs="+", default=[range(1)], help="numbers, or ranges LO:HI (default: 0)")
     option("--guidance", type=float, nargs="+", default=[None], metavar="W", help="for a student trained on a range, "
            "one or several scales (default: the middle); 1 is no guidance")
     option("--refine", type=int, default=0, metavar="STEPS", help="steps of the teacher after the student's, from time "
            "T / 5 on: more detail, at two passes a step (default: %(default)s)")
     option("--batch", type=int, default=16, help="images at once; halve it if you run out of memory (default: 16)")
-    option("--decoder", help="folder or hub id of a small decoder (AutoencoderTiny, such as madebyollin/taesd): faster")
+    option("--decoder", type=user_spec, help="folder or hub id of a small decoder (AutoencoderTiny, such as "
+           "madebyollin/taesd): faster")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     option("--precision", choices=list(PRECISION), default="fp32", help="(default: %(default)s)")
     return parser
@@ -72,8 +76,8 @@ def parse_args():
     parser.add_argument("--compare", type=int, nargs="+", default=[], metavar="K", help="left of each "
                         "image, the teacher's DDIM in K steps from the same noise")
     parser.add_argument("--grid", action="store_true", help="also one sheet of all images, grid.png")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files; or the name.png "
-                        "of a single image, or with --grid of the sheet alone (default: %(default)s)")
+    parser.add_argument("--out", type=user_path, default=Path("samples"), help="folder for the PNG files; or the "
+                        "name.png of a single image, or with --grid of the sheet alone (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -120,17 +124,25 @@ class Job(NamedTuple):
     guidance: float
 
 
+def slug(text, most=60):
+    """A text as the beginning of a file's name, with underscores between its words. If the text can't be told from
+    that, because it is longer or has other characters, a few digits of its hash follow. So two texts have two slugs."""
+    short = re.sub(r"[^\w-]+", "_", text.lower())[:most].strip("_")
+    if short.replace("_", " ") == text:
+        return f"{short}_" * bool(text)
+    return f"{short}+{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=4).hexdigest()}_"
+
+
 def list_jobs(num, seeds, prompts, scales):
     """The images in the order of a sheet, row by row. A row has all prompts, each at all the scales. A single seed
     counts on, over `num` rows: image N has seed + N. Several seeds have a row each."""
-    several, jobs, digits = len(seeds) > 1, [], len(str(len(prompts) - 1))
+    several, jobs = len(seeds) > 1, []
     for row, first in enumerate(seeds if several else seeds * num):
         for k, prompt in enumerate(prompts):
             seed = first if several else first + row * len(prompts) + k
-            which = f"-{k:0{digits}}" if several and len(prompts) > 1 else ""
             for w in scales:
-                scale = f"-w{w}" if len(scales) > 1 else ""
-                jobs.append(Job(f"{seed:06d}{which}{scale}.png", prompt, seed, w))
+                scale = f"_w{w}" if len(scales) > 1 else ""
+                jobs.append(Job(f"{slug(prompt)}{seed:06d}{scale}.png", prompt, seed, w))
     return jobs
 
 
@@ -152,6 +164,7 @@ def make_images(student, args, jobs, about, folder, rank=0, world=1):
     """Write the images of the jobs, or this process's share of them, into a folder, but for those that are there.
     `about`: {key: value} that they have in common. Raises BadInput for a file that is not ours under one of the names.
     """
+    jobs = list(dict.fromkeys(jobs))                        # the same prompt may be given twice
     made = {job for job in jobs if is_made(folder / job.file, job._asdict() | about)}
     size = min(args.batch, len(jobs))
     batches = [jobs[first:first + size] for first in range(0, len(jobs), size)][rank::world]

@@ -40,7 +40,7 @@ import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
 from plumbing.configs import Number, check
-from plumbing.files import command, parsing
+from plumbing.files import command, parsing, user_path, user_spec
 from plumbing.hub import EMBEDDED, HUB, is_embedded
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
@@ -73,10 +73,10 @@ def add_options(parser):
     either = {name: f"(default: {embedded} for an embedded teacher, {published} for another)"
               for name, (embedded, published) in DEFAULTS.items()}
     option = parser.add_argument_group("what").add_argument
-    option("--teacher", default="tiny", help=f"{', '.join([*EMBEDDED, *HUB])}, a hub id, each with @REVISION if "
-           "wished, or a folder in the diffusers layout (default: tiny)")
-    option("--out", type=Path, help="where everything goes; the same command resumes from it (default: runs/TEACHER)")
-    option("--prompts", type=Path, help="text file, one prompt (or label) a line (default: the teacher's own "
+    option("--teacher", type=user_spec, default="tiny", help=f"{', '.join([*EMBEDDED, *HUB])}, a hub id, each with "
+           "@REVISION if wished, or a folder in the diffusers layout (default: tiny)")
+    option("--out", type=user_path, help="where everything goes; the same command resumes (default: runs/TEACHER)")
+    option("--prompts", type=user_path, help="text file, one prompt (or label) a line (default: the teacher's own "
            "prompts.txt or labels, else 100,000 composed from word lists)")
     option("--seed", type=int, default=0)
     option = parser.add_argument_group("optimisation").add_argument

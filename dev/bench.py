@@ -30,7 +30,6 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -38,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import VAE, TextEncoder, UNet
-from plumbing.files import BadInput, command, read_json, write_json
+from plumbing.files import BadInput, check_new, command, read_json, user_path, user_spec, write_json
 from plumbing.hub import is_embedded, resolve
 from plumbing.images import noise, to_pil
 from plumbing.processes import PRECISION, peak_memory, pick_device, system_memory
@@ -283,11 +282,11 @@ def bench_agreement(args, device, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--teacher", default="tiny", help="its name, or its folder in the diffusers layout (default: tiny)")
+    option("--teacher", type=user_spec, default="tiny", help="its name, or its folder in the diffusers layout")
     option("--precision", choices=list(PRECISION), default="fp32")
     option("--batch", type=int, help="(default: 1; with --step, train.py's)")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    option("--json", type=Path, help="write what was measured to this file, too")
+    option("--json", type=user_path, help="write what was measured to this file, too")
     option("--repeat", type=int, default=5, help="of loading, passes and sampling (default: %(default)s)")
     option("--parts", nargs="+", choices=list(PARTS), help="which networks (default: all there are)")
     option("--size", type=int, help="height and width of the networks' input (default: the config's)")
@@ -295,7 +294,7 @@ def main():
     option("--alone", action="store_true", help="with --step: without the loop on diffusers")
     option("--steps", type=int, default=22, help="of BOOT, and as many matched ones (default: %(default)s)")
     option("--sampling", action="store_true", help="time one step and the reference pipeline's fifty")
-    option("--decoder", help="with --sampling: a small decoder, as in sample.py")
+    option("--decoder", type=user_spec, help="with --sampling: a small decoder, as in sample.py")
     option("--agreement", action="store_true", help="compare the device with the CPU")
     option("options", nargs="*", help="with --step, after --: train.py's, such as -- --micro-batch 4")
     args = parser.parse_args()
@@ -303,6 +302,8 @@ def main():
         parser.error("--repeat, --batch and --size are 1 or more; --steps is 6 or more, for one of each kind")
     if args.options and not args.step:
         parser.error("options of train.py go with --step")
+    if args.json:
+        check_new(args.json)
     if not (args.alone or args.agreement or importlib.util.find_spec("diffusers")):
         raise BadInput("the reference libraries are not installed: pip install diffusers transformers")
     modes = {"step": bench_steps, "sampling": bench_sampling, "agreement": bench_agreement}

@@ -15,12 +15,14 @@ T / 10. Needs matplotlib.
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from plumbing.files import command
-from plumbing.images import noise, to_pil
+from plumbing.files import command, user_path
+from plumbing.images import noise, read_about, save_png, to_pil
 from signal_ode import add_noise, signal_step, solve
 from student import load_student
 
@@ -101,11 +103,14 @@ def draw(times, rows, step):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/boot.png"))
+    parser.add_argument("--out", type=user_path, default=Path("docs/boot.png"))
     parser.add_argument("--prompt", default="a red ankle boot on a yellow background")
     parser.add_argument("--seed", type=int, default=14)
     args = parser.parse_args()
-    draw(*make_cells(args.prompt, args.seed)).savefig(args.out)
+    read_about(args.out)                                    # refuses to replace somebody's file
+    drawn = io.BytesIO()
+    draw(*make_cells(args.prompt, args.seed)).savefig(drawn)
+    save_png(args.out, Image.open(drawn), {})
     print(args.out)
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from plumbing.checkpoints import checkpoints, load
-from plumbing.files import BadInput, command
+from plumbing.files import BadInput, check_new, command, user_path
 from plumbing.hub import ROOT
 
 RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--every", 2, "--samples", 0)
@@ -109,10 +109,11 @@ def main():
     option("--kills", type=int, default=20)
     option("--steps", type=int, default=30)
     option("--seed", type=int, default=0, help="of the moments")
-    option("--out", type=Path, help="(default: a temporary folder)")
+    option("--out", type=user_path, help="(default: a temporary folder)")
     option("options", nargs="*", help="after --: train.py's, such as -- --precision bf16")
     args = parser.parse_args()
     draw, out = random.Random(args.seed), args.out or Path(tempfile.mkdtemp())
+    check_new(out)
     whole, killed = out / "whole", out / "killed"
     began = time.time()
     finish(start(whole, args), whole)

@@ -14,12 +14,11 @@ import functools
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 
 from model import TinyVAE, UNet
-from plumbing.files import BadInput, command, read_json, write_file
+from plumbing.files import BadInput, check_new, command, read_json, user_path, write_file
 from plumbing.weights import OLD_NAMES, WEIGHTS, init_on_meta
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
@@ -79,9 +78,10 @@ def synthesise(source, out, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("source", type=user_path)
+    parser.add_argument("out", type=user_path)
     args = parser.parse_args()
+    check_new(args.out)
     synthesise(args.source, args.out)
     vocabulary = args.source.parent / "clip-tokenizer"      # one for all manifests, kept beside them
     for name in ("vocab.json", "merges.txt"):

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from model import VAE, TextEncoder, TinyVAE, UNet
 from plumbing.configs import read_schedule
-from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.files import (NOT_OURS, BadInput, check_new, command, read_json, read_text, user_path, write_file,
+                            write_json)
 from plumbing.hub import TINY
 from plumbing.processes import pick_device
 from plumbing.tokenizer import VISIBLE, Tokenizer, join
@@ -90,6 +91,9 @@ def phrasings(garment, colour, background):
             f"{article(garment)} in {colour} on {background}")
 
 
+PROMPTS = [text for c in SEEN for text in phrasings(*names(c))]
+
+
 def captions(labels, rng):
     """One of three phrasings for each image, and none for a tenth of them, which is what guidance leads away from."""
     texts = []
@@ -111,8 +115,11 @@ def fit(name, modules, loss, args, lr, batch, combinations=COMBINATIONS):
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.01)
     if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        start = state["step"]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            start = state["step"]
+        except Exception as error:                          # a pickle may hold anything
+            raise BadInput(f"{path} {NOT_OURS} ({error})") from None
         for tensor, saved in zip([*params, *average], [*state["params"], *state["average"]], strict=True):
             tensor.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
@@ -179,7 +186,7 @@ def make_tokenizer(args):
     vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     write_json(args.out / "tokenizer" / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
     write_lines(args.out / "tokenizer" / "merges.txt", ["#version: 0.2", *map(" ".join, merges)])
-    write_lines(args.out / "prompts.txt", [text for c in SEEN for text in phrasings(*names(c))])
+    write_lines(args.out / "prompts.txt", PROMPTS)
 
 
 def write_lines(path, lines):
@@ -335,18 +342,21 @@ STEPS = {"vae": 6000, "decoder": 12_000, "judge": 5000, "unet": 6000, "pixel": 2
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx .gz files")
-    option("--out", type=Path, default=TINY, help="the teacher's folder")
-    option("--work", type=Path, default=Path("runs/train_tiny"), help="where each stage's .pt is, to resume from")
+    option("--data", type=user_path, default="/usr/share/datasets/fashion-mnist",
+           help="folder with the four idx .gz files")
+    option("--out", type=user_path, default=TINY, help="the teacher's folder")
+    option("--work", type=user_path, default=Path("runs/train_tiny"), help="where each stage's .pt is, to resume from")
     option("--stages", nargs="+", choices=list(STAGES), default=[name for name in STAGES if name != "student"])
     for name, steps in STEPS.items():
         option(f"--{name}-steps", type=int, default=steps)
-    option("--student", type=Path, default=Path("runs/tiny"), help="what the stage `student` ships")
+    option("--student", type=user_path, default=Path("runs/tiny"), help="what the stage `student` ships")
     option("--seed", type=int, default=0)
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = parser.parse_args()
     args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "prompts.txt").exists() or read_text(args.out / "prompts.txt").splitlines() != PROMPTS:
+        check_new(args.out)                                 # a folder that is ours has these prompts
     for name, stage in STAGES.items():
         if name in args.stages:
             torch.manual_seed(args.seed)

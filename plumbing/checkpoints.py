@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub.utils import WeakFileLock
 from torch.distributed.tensor import DTensor
 
-from plumbing.files import BadInput, parsing, read_json, write_file, write_json
+from plumbing.files import NOT_OURS, BadInput, parsing, read_json, write_file, write_json
 from plumbing.processes import full, local
 
 INFO = "checkpoint.json"
@@ -56,6 +56,18 @@ def lock(out):
         for path in state.glob("step_*.new"):
             shutil.rmtree(path, ignore_errors=True)
         yield
+
+
+def check_folder(out):
+    """Raise BadInput if the folder has files under the names of a run's that no run has written: there is neither a
+    checkpoint nor a config.json of train.py's."""
+    for path in (out / "config.json", *(folder / INFO for folder in checkpoints(out).values())):
+        with contextlib.suppress(BadInput):
+            if {"fingerprint", "options"} & read_json(path, default={}).keys():
+                return
+    for pattern in ("config.json", "log.jsonl", "samples", "student", "state/[!.]*"):
+        for path in out.glob(pattern):
+            raise BadInput(f"{path} {NOT_OURS}")
 
 
 def check_options(out, options, saved):

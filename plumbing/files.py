@@ -1,12 +1,15 @@
-"""Errors that a person can mend, JSON, and files that are either whole or absent.
+"""Errors that a person can mend, paths, JSON, and files that are either whole or absent.
 
     command(main)                                           # BadInput: one line, exit code 2
+    option("--out", type=user_path)                         # ~ is a home folder; so in user_spec, for names and folders
+    check_new(args.out)                                     # nothing of anybody's is replaced
     with parsing(path): ...                                 # what is wrong inside is a BadInput that names the path
     write_json("runs/mine/config.json", {"lr": 1e-5})       # a crash at any moment leaves the old file whole
 
 Every message for the person at the keyboard is one sentence.
 """
 
+import argparse
 import contextlib
 import errno
 import json
@@ -19,7 +22,10 @@ import torch
 from safetensors import SafetensorError
 
 
-class BadInput(ValueError):
+NOT_OURS = "was not made by this project, and is not replaced: move it away, or choose another name"
+
+
+class BadInput(argparse.ArgumentTypeError, ValueError):
     """What the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
 
 
@@ -63,6 +69,33 @@ def parsing(where):
         raise BadInput(f"{where}: {error}") from None
 
 
+def user_path(text):
+    """The path that a person writes, where ~ is a home folder. Raises BadInput."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise BadInput(f"{text}: there is no such user, or no home folder") from None
+
+
+def user_spec(text):
+    """The name, hub id or folder that a person writes, where ~ is a home folder. Raises BadInput."""
+    return str(user_path(text)) if text.startswith("~") else text
+
+
+def check_new(path):
+    """Raise BadInput unless there is nothing at this path, or an empty folder."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise BadInput(f"{path} is there, and not empty: give a new name")
+
+
+def check_ours(path, keys):
+    """Raise BadInput if there is a file at this path other than JSON with these keys, as this project writes it."""
+    with contextlib.suppress(BadInput):
+        if not os.path.lexists(path) or set(keys) <= read_json(path).keys():
+            return
+    raise BadInput(f"{path} {NOT_OURS}")
+
+
 def read_text(path):
     """The text of a UTF-8 file. Raises BadInput."""
     try:
@@ -93,7 +126,7 @@ def read_json(path, kind=dict, default=None):
 def write_file(path, write):
     """Call write(temporary path), flush to disk, rename: a crash at any moment leaves the old file whole."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".new")
+    temporary = path.with_name(f".{path.name}.boot-new")    # which is nobody else's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)

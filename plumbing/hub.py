@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 
-from plumbing.files import BadInput, read_json
+from plumbing.files import BadInput, read_json, user_path
 from plumbing.weights import STEM, WEIGHTS, choose_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def resolve(spec):
 def find(spec, names=""):
     """(folder, spec) of a folder or, fetched, of a hub repository. The spec returned means the same from any working
     directory. `names`: what else it might have been, for the message. Raises BadInput, one sentence."""
-    path, found = Path(spec).expanduser(), HUB_ID.fullmatch(str(spec).rstrip("/"))
+    path, found = user_path(spec), HUB_ID.fullmatch(str(spec).rstrip("/"))
     if path.is_dir():
         return path, str(path.resolve())
     if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):

@@ -13,12 +13,15 @@ import contextlib
 import functools
 import json
 import os
+from pathlib import Path
 
 import torch
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from plumbing.files import BadInput, write_file
+from plumbing.files import NOT_OURS, BadInput, write_file
+
+OURS = {"Software": "BOOT"}         # what all our images say of themselves
 
 
 def noise(seeds, shape):
@@ -50,26 +53,38 @@ def text_chunks(about):
 
 
 def save_png(path, image, about):
-    """Write a PNG file whose text chunks say what it is. It gets its name when it is whole. Raises BadInput."""
+    """Write a PNG file whose text chunks say what it is. It gets its name when it is whole. It replaces an image of
+    ours, but one that another student has made is kept. Raises BadInput."""
+    keep_another_students(path, about)
     info = PngInfo()
-    for key, value in text_chunks(about).items():
+    for key, value in text_chunks(about | OURS).items():
         info.add_itxt(key, value)
     # At level 1 a file is a tenth larger than usual, and takes two thirds of the time.
     write_file(path, functools.partial(image.save, format="PNG", pnginfo=info, compress_level=1))
 
 
 def read_about(path):
-    """{key: text} that an image of sample.py or tools.interpolate says of itself; {} where there is no file. Raises
-    BadInput for any other file, because that is somebody's and must not be replaced."""
+    """{key: text} that an image of ours says of itself; {} where there is no file. Raises BadInput for any other file,
+    because that is somebody's and must not be replaced."""
     if not os.path.lexists(path):
         return {}
     with contextlib.suppress(Exception), Image.open(path) as image:         # Pillow raises many kinds of errors
         about = image.info
         if image.format == "WEBP":                          # a film has no text chunks
             about = json.loads(image.getexif()[ExifTags.Base.ImageDescription])
-        if {"prompt", "weights"} <= about.keys():
+        if OURS.items() <= about.items() or {"prompt", "weights"} <= about.keys():         # which older ones have
             return about
-    raise BadInput(f"{path} was not made by this project, and is not replaced: move it away, or choose another --out")
+    raise BadInput(f"{path} {NOT_OURS}")
+
+
+def keep_another_students(path, about):
+    """Rename the image at this path if it is of other weights than `about` says: they are in its name from now on.
+    Training changes a student, so nobody could make that image again. Raises BadInput for a file that is not ours."""
+    weights = read_about(path).get("weights")
+    if weights and weights != about.get("weights"):
+        aside = Path(path).with_stem(f"{Path(path).stem}_{weights}")
+        read_about(aside)                                   # not that somebody else has this name
+        os.replace(path, aside)
 
 
 def is_made(path, about):

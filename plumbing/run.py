@@ -32,10 +32,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoints import check_options, check_space, load, lock, newest, rewind_log, save, whole_tensors
-from plumbing.files import BadInput, out_of_memory, write_file, write_json
+from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, newest, rewind_log, save,
+                                  whole_tensors)
+from plumbing.files import BadInput, out_of_memory, write_json
 from plumbing.hub import is_embedded
-from plumbing.images import image_grid, noise, to_pil
+from plumbing.images import image_grid, noise, save_png, to_pil
 from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
                                 shard, together, torchrun, warn_if_busy)
 from plumbing.prompts import Conditions
@@ -91,6 +92,7 @@ class Run(contextlib.ExitStack):
                          "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
         found = 0, None, self.options
         if self.rank == 0:
+            check_folder(args.out)
             if not args.dry_run:
                 self.enter_context(lock(args.out))
             start, folder, saved = newest(args.out)
@@ -330,8 +332,8 @@ class Run(contextlib.ExitStack):
             self.teacher_row = self.make_samples(functools.partial(teacher.solve, grid=grid, w=w))
         student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
         if self.rank == 0 and self.teacher_row and student_row:
-            save_grid = functools.partial(image_grid([self.teacher_row, student_row], 96).save, format="PNG")
-            write_file(self.args.out / "samples" / f"step_{self.done}.png", save_grid)
+            sheet = image_grid([self.teacher_row, student_row], 96)
+            save_png(self.args.out / "samples" / f"step_{self.done}.png", sheet, {})
 
     @torch.no_grad()
     def make_samples(self, sampler):

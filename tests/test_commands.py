@@ -5,12 +5,14 @@ Without a traceback, and before it has written anything. A machine whose memory 
 
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, copy_tiny
 from plumbing.files import command
 
 COMMANDS = [path for folder in (ROOT, ROOT / "tools", ROOT / "dev") for path in sorted(folder.glob("*.py"))
@@ -72,14 +74,14 @@ def script(monkeypatch, capsys):
     ("tools/interpolate --prompt x --seed 1 2 --frames 1", "--frames = 1 is not supported: 2 to 9999"),
     ("tools/interpolate --prompt x --seed 1 2 --out a.png", "take a folder"),
     ("tools/evaluate --images 5", "--images 5 is too few"),
-    ("tools/export --out {bad}", "is not empty: give a new folder"),
+    ("tools/export --out {bad}", "is there, and not empty: give a new name"),
     ("tools/export --student tiny/pixel --lora 8", "--lora and --single-file are for students of Stable Diffusion"),
     ("tools/export --lora 0", "--lora 0 is neither a rank"),
     ("tools/export --private", "--private goes with --push"),
     ("tools/curves {bad}", "log.jsonl: No such file"),
     ("dev/bench --teacher nosuch", "'nosuch' is neither a name (tiny"),
     ("dev/synthesise {bad} {bad}/run", "is missing"),
-    ("dev/train_tiny --data {bad} --out {bad} --work {bad}", "apt-get install dataset-fashion-mnist")])
+    ("dev/train_tiny --data {bad} --out {bad}/new --work {bad}", "apt-get install dataset-fashion-mnist")])
 def test_bad_input_is_one_sentence_and_exit_code_2(script, bad, line, message):
     name, *options = line.format(bad=bad).split()
     out = ["--out", str(bad / "run")] if name in ("train", "tools/export") and "--out" not in options else []
@@ -93,6 +95,74 @@ def test_bad_input_is_one_sentence_and_exit_code_2(script, bad, line, message):
 def test_every_command_says_how_it_is_run(script, path):
     code, said = script(path, "--nonsense")
     assert code == 2 and re.search(r"error: .*(--nonsense|required)", said), said
+
+
+@pytest.mark.parametrize("line, names", [
+    ("train --teacher tiny-pixel --steps 1 --out {out}",
+     "config.json log.jsonl samples/step_1.png student/config.json state/step_1/checkpoint.json state/step_1.new/x"),
+    ("sample --prompt x --num 2 --out {out}", "x_000001.png"), ("sample --prompt x --grid --out {out}", "grid.png"),
+    ("sample --prompt x --out {out}/a.png", "a.png"), ("sample --prompt x --grid --out {out}/a.png", "a.png"),
+    ("tools/interpolate --prompt x --frames 2 --grid --out {out}",
+     "grid.png frame_0001.png frame_0300.png interpolation.webp"),
+    ("tools/evaluate --images 100 --json {out}/a.json", "a.json a.png"), ("tools/export --out {out}", "a"),
+    ("tools/curves {bad} --out {out}/a.png", "a.png"), ("dev/bench --json {out}/a.json", "a.json"),
+    ("dev/kill --out {out}", "killed/config.json whole/config.json"), ("dev/figure --out {out}/a.png", "a.png"),
+    ("dev/synthesise tests/checkpoints/taesd {out}", "config.json"),
+    ("dev/train_tiny --stages tokenizer --work {bad} --out {out}", "model_index.json prompts.txt"),
+    ("dev/train_tiny --stages vae --data {bad} --work {out} --out {bad}/new", "vae.pt")])
+def test_what_this_project_did_not_write_is_never_replaced(script, bad, line, names):
+    """Nor deleted: whatever has a name that a command would write."""
+    out = bad / "out"
+    (bad / "log.jsonl").write_text('{"step": 10, "lr": 1.0}\n')
+    Image.new("RGB", (8, 8)).save(bad / "image.png")
+    Image.new("RGB", (8, 8)).save(bad / "image.webp")
+    for file in names.split():
+        for content in (b"", b"notes", b'{"lr": 1}', (bad / "image.png").read_bytes(), (bad / "image.webp").read_bytes()):
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (out / file).write_bytes(content)
+            program, *options = line.format(out=out, bad=bad).split()
+            code, said = script(f"{program}.py", *options)
+            assert code == 2 and len(re.findall("^error: ", said, re.MULTILINE)) == 1, said
+            assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == {out / file: content}, file
+            shutil.rmtree(out)
+
+
+def test_a_teachers_folder_is_no_place_for_its_student(script, tmp_path):
+    """A pixel model may lie flat in a folder."""
+    flat = copy_tiny(tmp_path / "flat", "pixel")
+    for part in ("unet", "scheduler"):
+        for path in (flat / part).iterdir():
+            path.rename(flat / path.name)
+        (flat / part).rmdir()
+    (flat / "model_index.json").unlink()
+    before = {path: path.read_bytes() for path in flat.rglob("*") if path.is_file()}
+    code, said = script("train.py", "--teacher", str(flat), "--out", str(flat))
+    assert code == 2 and f"{flat}/config.json was not made by this project" in said
+    assert {path: path.read_bytes() for path in flat.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("line", [
+    "train --out ~nosuchuser/x", "train --teacher ~nosuchuser/x", "train --prompts ~nosuchuser/x",
+    "sample --prompt x --student ~nosuchuser/x", "sample --prompt x --out ~nosuchuser/x",
+    "tools/evaluate --json ~nosuchuser/x", "tools/export --out ~nosuchuser/x", "tools/curves ~nosuchuser/x"])
+def test_a_home_folder_that_is_not_there_is_one_sentence(script, line):
+    name, *options = line.split()
+    code, said = script(f"{name}.py", *options)
+    assert code == 2 and "~nosuchuser/x: there is no such user" in said.splitlines()[-1]
+
+
+def test_a_home_folder_is_found_in_every_path(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy_tiny(tmp_path / "teacher", "pixel")
+    (tmp_path / "p.txt").write_text("bag\n")
+    for line in ("train.py --teacher=~/teacher --prompts=~/p.txt --steps=1 --batch=1 --samples=0 --out=~/r",
+                 "sample.py --student=~/r --teacher=~/teacher --label=bag --out=~/png",
+                 "tools/export.py --student=~/r --out=~/x"):
+        program, *options = line.split()
+        monkeypatch.setattr(sys, "argv", [program, *options])
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert (tmp_path / "png" / "bag_000000.png").exists() and (tmp_path / "x" / "README.md").exists()
+    assert not (ROOT / "~").exists()
 
 
 def test_out_of_memory_says_what_to_do(capsys):

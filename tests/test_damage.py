@@ -69,7 +69,7 @@ def entries(value):
 def misfit(rng, content):
     """A tensor of another type, or of one row or column that would broadcast; one too few, one too many."""
     tensors = load(content)
-    name = rng.choice(sorted(tensors))
+    name = rng.choice(sorted(name for name, tensor in tensors.items() if tensor.numel() > 1))
     dim, tensor = rng.choice([dim for dim, size in enumerate(tensors[name].shape) if size > 1]), tensors.pop(name)
     return save(tensors | rng.choice([{}, {name: tensor, f"{name}.x": torch.ones(2)}, {name: tensor.to(torch.int64)},
                                       {name: tensor.narrow(dim, 0, 1).contiguous()}]))

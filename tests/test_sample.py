@@ -6,14 +6,14 @@ decoder. Two processes make what one makes.
 Prompts: one that is too long is a warning, and one that is not UTF-8 is stored readably. A character that the terminal
 lacks is escaped.
 Again: the same command skips what is there, and goes on after a kill. An image of ours that was made otherwise is made
-anew. A file that is not ours is never replaced, by tools.interpolate neither. All images are made, even if nobody reads
-the output.
+anew, and one of another student is kept. All images are made, even if nobody reads the output.
 Films begin and end where they should, move smoothly, and replace an older film.
 Images that are not finite are not written.
 """
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, TINY, edit
 from plumbing.weights import WEIGHTS
+from sample import slug
 from student import new_student, save_student
 
 PROMPT, OTHER = "a red ankle boot on a yellow background", "a blue bag on a white background"
@@ -47,6 +48,11 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+def name(prompt, seed, scale=""):
+    """The file of a plain prompt's image."""
+    return f"{prompt.replace(' ', '_')}_{seed:06d}{scale}.png"
+
+
 def files(folder):
     """{path: contents} of all files in a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -56,10 +62,11 @@ def files(folder):
 def test_images_say_what_they_are(run, tmp_path):
     done = run("sample.py", *TWO, "--num", 2, "--seed", 5, "--grid", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ["000005.png", "000006.png", "000007.png", "000008.png", "grid.png"]
-    assert sorted(files(tmp_path)) == names and all(name in done.stdout for name in names)
-    assert Image.open(tmp_path / "000005.png").size == (32, 32) and Image.open(tmp_path / "grid.png").size == (192, 192)
-    about = text(tmp_path / "000006.png")
+    names = {name(PROMPT, 5), name(OTHER, 6), name(PROMPT, 7), name(OTHER, 8), "grid.png"}
+    assert files(tmp_path).keys() == names and all(file in done.stdout for file in names)
+    assert Image.open(tmp_path / name(PROMPT, 5)).size == (32, 32)
+    assert Image.open(tmp_path / "grid.png").size == (192, 192)
+    about = text(tmp_path / name(OTHER, 6))
     assert about["prompt"] == OTHER and about["seed"] == "6" and about["student"] == "tiny/student"
     assert float(about["guidance"]) > 1 and about["weights"]
     assert text(tmp_path / "grid.png")["prompt"] == f"{PROMPT}\n{OTHER}"
@@ -67,26 +74,27 @@ def test_images_say_what_they_are(run, tmp_path):
 
 def test_each_prompt_is_sampled_from_each_of_several_seeds(call, tmp_path):
     sample(call, *TWO, "--seed", 7, "10:12", "--out", tmp_path)
-    assert {name: (text(tmp_path / name)["seed"], text(tmp_path / name)["prompt"]) for name in files(tmp_path)} == {
-        f"{seed:06d}-{k}.png": (str(seed), (PROMPT, OTHER)[k]) for seed in (7, 10, 11, 12) for k in range(2)}
+    assert {file: (text(tmp_path / file)["prompt"], text(tmp_path / file)["seed"]) for file in files(tmp_path)} == {
+        name(prompt, seed): (prompt, str(seed)) for seed in (7, 10, 11, 12) for prompt in (PROMPT, OTHER)}
 
 
 def test_an_image_depends_on_its_seed_alone(call, tmp_path):
     """To the bit in batches of one size, however many images there are; another size may round differently."""
-    for name, options in (("five", ("--num", 5)), ("eight", ("--num", 8)), ("one", ("--seed", 6))):
-        sample(call, "--prompt", PROMPT, "--seed", 3, "--batch", 4, *options, "--out", tmp_path / name)
-    five, eight, one = (files(tmp_path / name) for name in ("five", "eight", "one"))
-    assert len(five) == 5 and five.items() < eight.items() and list(one) == ["000006.png"]
-    assert abs(pixels(tmp_path / "five" / "000006.png") - pixels(tmp_path / "one" / "000006.png")).max() <= 1
-    assert abs(pixels(tmp_path / "five" / "000006.png") - pixels(tmp_path / "five" / "000005.png")).max() > 20
+    for out, options in (("five", ("--num", 5)), ("eight", ("--num", 8)), ("one", ("--seed", 6))):
+        sample(call, "--prompt", PROMPT, "--seed", 3, "--batch", 4, *options, "--out", tmp_path / out)
+    five, eight, one = (files(tmp_path / out) for out in ("five", "eight", "one"))
+    assert len(five) == 5 and five.items() < eight.items() and list(one) == [name(PROMPT, 6)]
+    five, six, same = (pixels(tmp_path / path) for path in (
+        f"five/{name(PROMPT, 5)}", f"five/{name(PROMPT, 6)}", f"one/{name(PROMPT, 6)}"))
+    assert abs(six - same).max() <= 1 and abs(six - five).max() > 20
 
 
 def test_a_student_of_a_range_is_sampled_at_several_scales(call, tiny, tmp_path):
     save_student(tmp_path / "student", new_student(tiny, 600, [2.0, 4.0]))
     options = ("--student", tmp_path / "student", *TWO, "--guidance")
     sample(call, *options, 2, 4, "--grid", "--out", tmp_path / "png")
-    assert {name: text(tmp_path / "png" / name)["guidance"] for name in sorted(files(tmp_path / "png"))[:4]} == {
-        "000000-w2.0.png": "2.0", "000000-w4.0.png": "4.0", "000001-w2.0.png": "2.0", "000001-w4.0.png": "4.0"}
+    assert {file: text(tmp_path / "png" / file)["guidance"] for file in files(tmp_path / "png") if "_w" in file} == {
+        name(prompt, seed, f"_w{w}"): w for seed, prompt in enumerate((PROMPT, OTHER)) for w in ("2.0", "4.0")}
     assert Image.open(tmp_path / "png" / "grid.png").size == (192, 192)
     assert "2.0 to 4.0" in call("sample", *options, 5)[2]
 
@@ -96,7 +104,7 @@ def test_out_may_name_the_file_of_one_image_or_sheet(call, tmp_path):
     sample(call, *TWO, "--grid", "--out", tmp_path / "two.png")
     (tmp_path / "folder.png").mkdir()
     sample(call, *PIXEL, "bag", "--out", tmp_path / "folder.png")
-    assert set(files(tmp_path)) == {"new/image.png", "two.png", "folder.png/000000.png"}
+    assert set(files(tmp_path)) == {"new/image.png", "two.png", "folder.png/bag_000000.png"}
     assert text(tmp_path / "new" / "image.png")["prompt"] == PROMPT
     assert Image.open(tmp_path / "two.png").size == (192, 96) and text(tmp_path / "two.png")["seed"] == "0\n1"
 
@@ -122,8 +130,9 @@ def test_what_made_an_image_is_in_it_and_the_teacher_is_left_of_the_student(call
 def test_a_prompt_that_is_too_long_warns_and_one_that_is_not_utf8_is_stored_readably(call, tmp_path):
     error = sample(call, "--prompt", "red " * 90 + "hat", "--out", tmp_path)
     assert error.startswith("warning: prompt truncated to 77 tokens") and "hat" in error
-    sample(call, "--prompt", os.fsdecode(b"caf\xe9"), "--out", tmp_path)
-    assert text(tmp_path / "000000.png")["prompt"] == "caf\ufffd"
+    sample(call, "--prompt", os.fsdecode(b"caf\xe9"), "--out", tmp_path / "cafe")
+    [path] = (tmp_path / "cafe").iterdir()
+    assert text(path)["prompt"] == "caf\ufffd"
 
 
 def test_a_terminal_that_lacks_a_character_gets_its_escape(call, tmp_path, monkeypatch):
@@ -139,33 +148,40 @@ def test_the_same_command_skips_what_is_there(call, tmp_path):
     command = (*TWO, "--num", 5, "--batch", 4, "--out", tmp_path)
     sample(call, *command)
     first, times = files(tmp_path), {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "000008.png").unlink()
-    (tmp_path / "000009.png").write_bytes(first["000001.png"])          # ours, but of another seed
+    (tmp_path / name(PROMPT, 8)).unlink()
+    (tmp_path / name(OTHER, 9)).write_bytes(first[name(OTHER, 1)])      # ours, but of another seed
     sample(call, *command)
     changed = {path.name for path in tmp_path.iterdir() if path.stat().st_mtime_ns != times[path.name]}
-    assert files(tmp_path) == first and changed == {"000008.png", "000009.png"}
-    sample(call, "--prompt", OTHER, "--num", 2, "--out", tmp_path)      # the same names, something else
-    assert [text(tmp_path / f"00000{k}.png")["prompt"] for k in range(3)] == [OTHER, OTHER, PROMPT]
+    assert files(tmp_path) == first and changed == {name(PROMPT, 8), name(OTHER, 9)}
+    sample(call, "--prompt", "a bag", "--num", 2, "--out", tmp_path)    # another prompt meets none of them
+    assert files(tmp_path).items() > first.items() and len(files(tmp_path)) == 12
 
 
-FILM = ("tools.interpolate", "--frames", 2)
+def test_no_two_prompts_share_a_name(tmp_path):
+    """Plain prompts are their names; of others, a hash of all of it is a part."""
+    prompts = [PROMPT, PROMPT + " ", PROMPT.upper(), f"{PROMPT}!", "a_red", "a red", "a-red", "", ".", "..", "../a red",
+               "cut " * 30 + "a", "cut " * 30 + "b", "\u65e5\u672c", "\udce9", "a/b", "a\\b", "CON", "a\nb", "a red+1"]
+    names = [slug(prompt) for prompt in prompts]
+    assert len(set(names)) == len(prompts) and names[0] == PROMPT.replace(" ", "_") + "_"
+    assert all(len(name) < 80 and re.fullmatch(r"[\w+-]*", name) for name in names)
 
 
-@pytest.mark.parametrize("name, command", [
-    ("000001.png", ("sample", "--num", 2)), ("grid.png", ("sample", "--grid")), ("grid.png", (*FILM, "--grid")),
-    ("mine.png", ("sample", "--out", "mine.png")), ("mine.png", ("sample", "--grid", "--out", "mine.png")),
-    ("frame_0001.png", FILM), ("frame_0300.png", FILM), ("interpolation.webp", FILM)])
-def test_a_file_that_is_not_ours_is_never_replaced(call, tmp_path, name, command):
-    image, out = tmp_path / f"image{os.path.splitext(name)[1]}", tmp_path / "out"
-    Image.new("RGB", (8, 8)).save(image)
-    program, *options = [out / part if part == "mine.png" else part for part in command]
-    options = options if "--out" in options else [*options, "--out", out]
-    out.mkdir()
-    for content in (image.read_bytes(), b"notes", b""):
-        (out / name).write_bytes(content)
-        code, _, error = call(program, "--prompt", PROMPT, *options)
-        assert code == 2 and error.startswith(f"error: {out / name} was not made by this project"), error
-        assert error.count("\n") == 1 and files(out) == {name: content}
+def test_what_another_student_has_made_is_kept(call, tiny, tmp_path):
+    """After more training the same command paints anew; the image that nobody can make again has its student's digits
+    in its name. Pictures that the same student can make again are replaced."""
+    student, out = new_student(tiny, 600, 3.0), tmp_path / "png"
+    for command in ("sample", "--grid"), ("tools.interpolate", "--frames", 2):
+        seen = []
+        for p in (0.0, 0.01):
+            for tensor in student.network.conv_out.parameters():
+                tensor.data += p
+            save_student(tmp_path / "student", student)
+            for _ in range(2):
+                code, _, error = call(*command, "--student", tmp_path / "student", "--prompt", PROMPT, "--out", out)
+                assert code == 0, error
+            seen.append(files(out))
+        assert len(seen[1]) == 2 * len(seen[0]) and set(seen[0].values()) < set(seen[1].values())
+        shutil.rmtree(out)
 
 
 @pytest.mark.slow

@@ -7,13 +7,15 @@ is the mean of several. It needs matplotlib.
 """
 
 import argparse
-import functools
+import io
 import json
 import math
 import statistics
-from pathlib import Path
 
-from plumbing.files import BadInput, command, write_file
+from PIL import Image
+
+from plumbing.files import BadInput, command, user_path
+from plumbing.images import save_png
 
 MOST = 200              # points of a curve
 
@@ -70,8 +72,8 @@ def draw(axes, title, steps, curves, scale="log"):
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("run", type=Path, help="the folder that train.py writes, --out")
-    p.add_argument("--out", type=Path, help="the PNG file (default: curves.png in the run's folder)")
+    p.add_argument("run", type=user_path, help="the folder that train.py writes, --out")
+    p.add_argument("--out", type=user_path, help="the PNG file (default: curves.png in the run's folder)")
     args = p.parse_args()
     records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
     try:
@@ -86,7 +88,9 @@ def main():
     draw(rates, "learning rate, gradient norms", steps, pick(records, "lr", "grad_norm", "critic_grad_norm"))
     draw(speed, "samples a second", steps, pick(records, "samples_per_s"), "linear")
     speed.set_ylim(bottom=0)
-    write_file(out, functools.partial(figure.savefig, format="png"))
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    save_png(out, Image.open(drawn), {})
     print(out)
 
 

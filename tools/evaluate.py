@@ -38,9 +38,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from matching import LEAST_SIGNAL, limited_guidance
-from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.files import (BadInput, check_ours, command, parsing, read_json, user_path, user_spec, write_file,
+                            write_json)
 from plumbing.hub import TINY
-from plumbing.images import image_grid, noise, to_pil
+from plumbing.images import image_grid, noise, read_about, save_png, to_pil
 from plumbing.processes import pick_device
 from plumbing.weights import read_tensors
 from signal_ode import solve
@@ -194,7 +195,8 @@ def stored(evaluation, *settings):
 def read_rows(path):
     """The rows of a file by (w, steps); none if there is no such file."""
     rows = read_json(path, list) if path.exists() else []
-    return {(row["guidance"], row["steps"]): {"limited": False, **row} for row in rows}
+    with parsing(path):
+        return {(row["guidance"], row["steps"]): {"limited": False, **row} for row in rows}
 
 
 def add_row(evaluation, rows, path, w, steps, reference=None, solution=None, limited=False):
@@ -312,9 +314,9 @@ def usual_place(student, teacher):
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--student", default=TINY / "student",
+    p.add_argument("--student", type=user_spec, default=TINY / "student",
                    help="folder that train.py wrote (default: the shipped one)")
-    p.add_argument("--teacher", help="its teacher, if the folder it was made from has moved")
+    p.add_argument("--teacher", type=user_spec, help="its teacher, if the folder it was made from has moved")
     p.add_argument("--guidance", type=float,
                    help="w of teacher and student, for a student trained on a range (default: its middle)")
     p.add_argument("--images", type=int,
@@ -330,8 +332,9 @@ def parse_args():
                         "is taken as it is, none skips the row (default: %(default)s)")
     p.add_argument("--refine", type=int, nargs="+", default=[], metavar="STEPS",
                    help="rows of the student refined by so many steps of the teacher")
-    p.add_argument("--decoder", help="folder or hub id of a small decoder (AutoencoderTiny), for the student's rows")
-    p.add_argument("--json", type=Path,
+    p.add_argument("--decoder", type=user_spec,
+                   help="folder or hub id of a small decoder (AutoencoderTiny), for the student's rows")
+    p.add_argument("--json", type=user_path,
                    help="where the figures go, and the sheet of images beside them "
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
@@ -376,6 +379,9 @@ def main():
     if args.images is None:
         args.images = 2000 if teacher.vae is None else 5000
     check_options(args, student, w)
+    out = args.json or usual_place(args.student, teacher)
+    check_ours(out, ["rows", "student"])
+    read_about(out.with_suffix(".png"))                     # refuses to replace somebody's file
     evaluation = Evaluation(student, args.images, w, args.seed)
     student_images = evaluation.images(evaluation.one_step())   # first: a broken student is known before the others
     rows, aim, reference, solution = all_teacher_rows(evaluation, args)
@@ -405,12 +411,10 @@ def main():
         print(f"real test images through the autoencoder alone: frechet {evaluation.config['autoencoder']:.1f}")
     accuracy = evaluation.config["accuracy"]
     print(f"the judge is right about real test images: {', '.join(f'{k} {v:.1%}' for k, v in accuracy.items())}")
-    out = args.json or usual_place(args.student, teacher)
     store(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w,
                             "decoder": args.decoder, "judge": accuracy, "rows": rows}, needed=args.json is not None)
     grid = name_rows(image_grid([*sheet, student_images], 96), [f"DDIM-{k}" for k in STEPS] + ["student"])
-    store(write_file, out.with_suffix(".png"), functools.partial(grid.save, format="PNG"),
-          needed=args.json is not None)
+    store(save_png, out.with_suffix(".png"), grid, {}, needed=args.json is not None)
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")
 
 

@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 
 from model import UNet, guidance_sinusoid
 from plumbing.configs import read_schedule, target_slot
-from plumbing.files import BadInput, command, read_json, write_file, write_json
+from plumbing.files import BadInput, check_new, command, read_json, user_path, user_spec, write_file, write_json
 from plumbing.hub import HUB, SMALL, TINY, find, is_embedded
 from plumbing.images import noise
 from plumbing.layout import part_folder
@@ -308,13 +308,14 @@ def rank(text):
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--student", default=TINY / "student", help="what train.py wrote (default: the shipped one)")
-    p.add_argument("--teacher", help="its teacher's folder, if that has moved since the training")
-    p.add_argument("--out", type=Path, required=True, help="a new folder")
+    p.add_argument("--student", type=user_spec, default=TINY / "student",
+                   help="what train.py wrote (default: the shipped one)")
+    p.add_argument("--teacher", type=user_spec, help="its teacher's folder, if that has moved since the training")
+    p.add_argument("--out", type=user_path, required=True, help="a new folder")
     p.add_argument("--guidance", type=float, help="the scale w to fold into a student of a range; without it the scale "
                    "stays an input")
     p.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
-    p.add_argument("--decoder", help="folder or hub id of an AutoencoderTiny, to stand in vae/")
+    p.add_argument("--decoder", type=user_spec, help="folder or hub id of an AutoencoderTiny, to stand in vae/")
     p.add_argument("--lora", type=rank, metavar="RANK", help=f"also write {LORA}: for each weight of the teacher, its "
                    "change as a matrix of this rank; `full` for all of it, in a file larger than the model")
     p.add_argument("--single-file", action="store_true", help="also write all in one file, under the original names")
@@ -332,8 +333,7 @@ def main():
     text, extra = student.teacher.text_encoder, args.lora is not None or args.single_file
     if args.guidance is not None:
         student.pick_guidance(args.guidance)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise BadInput(f"--out {args.out} is not empty: give a new folder, or delete it")
+    check_new(args.out)
     if extra and not text:
         raise BadInput("--lora and --single-file are for students of Stable Diffusion")
     if student.ranged and args.guidance is None and (extra or not text):

@@ -17,13 +17,14 @@ import torch
 from PIL import ExifTags, Image
 
 from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, parsing, write_file
-from plumbing.images import image_grid, noise, read_about, save_png, text_chunks, to_pil
+from plumbing.files import BadInput, command, parsing, user_path, write_file
+from plumbing.images import image_grid, keep_another_students, noise, read_about, save_png, text_chunks, to_pil
 from sample import new_parser, open_student, read_inputs
 from signal_ode import append_dims
 
 PACING = 3              # times that the distances of neighbours are measured and evened out
 FRAME_MS = 60           # for which a frame is shown
+FRAMES = "frame_[0-9][0-9][0-9][0-9].png"
 
 
 def parse_args():
@@ -31,7 +32,7 @@ def parse_args():
     parser.set_defaults(num=1, compare=[])
     parser.add_argument("--frames", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--grid", action="store_true", help="also one sheet, a row of all frames, grid.png")
-    parser.add_argument("--out", type=Path, default=Path("samples/film"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=user_path, default=Path("samples/film"), help="folder (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -72,8 +73,10 @@ def sample_frames(student, args, u, stops):
 
 
 def save_film(folder, frames, u, about, grid):
-    """Write the frames, in place of those of an older film, the film itself, and a sheet if asked."""
-    for old in folder.glob("frame_*.png"):
+    """Write the frames, in place of those of an older film, the film itself, and a sheet if asked. What another student
+    has made is kept."""
+    for old in [*folder.glob(FRAMES), folder / "interpolation.webp"]:
+        keep_another_students(old, about)
         if "place" in read_about(old):
             old.unlink()
     for k, frame in enumerate(frames):
@@ -105,7 +108,7 @@ def main():
     if args.out.suffix.lower() in Image.registered_extensions():
         raise BadInput(f"--out {args.out} looks like a file: a film and its frames take a folder")
     sheet = [args.out / "grid.png"] if args.grid else []
-    for path in (*args.out.glob("frame_*.png"), args.out / "interpolation.webp", *sheet):
+    for path in (*args.out.glob(FRAMES), args.out / "interpolation.webp", *sheet):
         read_about(path)                                    # refuses to replace somebody's file
 
     stop_seeds, stop_prompts, stop_scales = (
