@@ -11,8 +11,8 @@ the student has changed since then, they are kept, with the old student's digits
 `python -m tools.interpolate` makes films from one seed, prompt or scale to another.
 """
 
-import argparse
 import hashlib
+import itertools
 import re
 import sys
 import tempfile
@@ -20,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))              # which PYTHONSAFEPATH leaves out
+
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, parsing, user_path, user_spec
+from plumbing.files import BadInput, command, new_parser, parsing, user_path, user_spec
 from plumbing.hub import TINY
 from plumbing.images import image_grid, is_made, noise, read_about, save_png, to_pil
 from plumbing.processes import PRECISION, pick_device, torchrun
@@ -38,16 +40,15 @@ WRITERS = 4             # threads that encode PNG files, which takes 20 to 60 ms
 
 
 # ------------------------------------------------------------------------------------------------------- the options
-def new_parser(description):
+def parser_of_images(doc):
     """An ArgumentParser with the options that sample.py and tools.interpolate share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = new_parser(doc)
     option = parser.add_argument
     option("--student", type=user_spec, default=TINY / "student", help="what train.py wrote (default: the shipped one)")
     option("--teacher", type=user_spec, help="its teacher's folder, if that has moved since the training")
     option("--prompt", action="append", default=[], help="may be given several times")
     option("--label", action="append", default=[], help="a class, its name or number; may be given several times")
-    option("--prompts", type=user_path, help="text file, one prompt or label a line, thousands if you like")
+    option("--prompts", type=user_path, help="text file, one prompt or label a line; # begins a comment")
     option("--seed", type=parse_seeds, nargs="+", default=[range(1)], help="numbers, or ranges LO:HI (default: 0)")
     option("--guidance", type=float, nargs="+", default=[None], metavar="W", help="for a student trained on a range, "
            "one or several scales (default: the middle); 1 is no guidance")
@@ -66,12 +67,12 @@ def parse_seeds(text):
     low, colon, high = text.partition(":")
     found = range(int(low), int(high if colon else low) + 1)
     if not 0 < len(found) <= MOST or found[0] < 0 or found[-1] > 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not supported: a number from 0 to 2^62, or LO:HI")
+        raise BadInput(f"{text} is not supported: a number from 0 to 2^62, or LO:HI")
     return found
 
 
 def parse_args():
-    parser = new_parser(__doc__)
+    parser = parser_of_images(__doc__)
     parser.add_argument("--num", type=int, default=1, help="images of each prompt (default: %(default)s)")
     parser.add_argument("--compare", type=int, nargs="+", default=[], metavar="K", help="left of each "
                         "image, the teacher's DDIM in K steps from the same noise")
@@ -136,14 +137,11 @@ def slug(text, most=60):
 def list_jobs(num, seeds, prompts, scales):
     """The images in the order of a sheet, row by row. A row has all prompts, each at all the scales. A single seed
     counts on, over `num` rows: image N has seed + N. Several seeds have a row each."""
-    several, jobs = len(seeds) > 1, []
-    for row, first in enumerate(seeds if several else seeds * num):
-        for k, prompt in enumerate(prompts):
-            seed = first if several else first + row * len(prompts) + k
-            for w in scales:
-                scale = f"_w{w}" if len(scales) > 1 else ""
-                jobs.append(Job(f"{slug(prompt)}{seed:06d}{scale}.png", prompt, seed, w))
-    return jobs
+    counted = range(seeds[0], seeds[0] + num * len(prompts))
+    of_images = counted if len(seeds) == 1 else [seed for seed in seeds for _ in prompts]
+    scale = "_w{}" if len(scales) > 1 else ""
+    return [Job(f"{slug(prompt)}{seed:06d}{scale.format(w)}.png", prompt, seed, w)
+            for seed, prompt in zip(of_images, itertools.cycle(prompts)) for w in scales]
 
 
 def sample_batch(student, args, jobs):
@@ -190,6 +188,8 @@ def save_sheet(path, folder, jobs, across, least, about):
 def main():
     args = parse_args()
     rank, world, local_rank = torchrun()
+    if world > 1:
+        print(f"process {rank} of {world}, as RANK and WORLD_SIZE say: makes its share of the images", file=sys.stderr)
     student, about = open_student(args, local_rank)
     prompts, seeds, scales = read_inputs(args, student)
     jobs = list_jobs(args.num, seeds, prompts, scales)
@@ -199,21 +199,16 @@ def main():
     if is_file and (args.out.suffix.lower() != ".png" or (len(jobs) > 1 and not args.grid)):
         raise BadInput(f"--out {args.out} is one file, for {len(jobs)} images: give a folder, or the name of a .png "
                        "file for a single image, or with --grid for the sheet")
-    across = len(scales) if len(scales) > 1 else len(prompts)
-    if across == 1:
-        across = round(len(jobs) ** 0.5)
+    across = next((len(row) for row in (scales, prompts) if len(row) > 1), round(len(jobs) ** 0.5))
     sheet = args.out if is_file else args.out / "grid.png"
     if is_file or args.grid:
         read_about(sheet)                                   # refuses to replace somebody's file now, not after an hour
 
-    if is_file:
-        with tempfile.TemporaryDirectory() as hidden:
-            make_images(student, args, jobs, about, Path(hidden))
-            save_sheet(sheet, Path(hidden), jobs, across, 96 * args.grid, about)
-    else:
-        make_images(student, args, jobs, about, args.out, rank, world)
-        if args.grid:
-            save_sheet(sheet, args.out, jobs, across, 96 * args.grid, about)
+    with tempfile.TemporaryDirectory() as hidden:
+        folder = Path(hidden) if is_file else args.out
+        make_images(student, args, jobs, about, folder, rank, world)
+        if is_file or args.grid:
+            save_sheet(sheet, folder, jobs, across, 96 * args.grid, about)
     if rank == 0:                                           # last, because somebody may have closed the output
         written = [] if is_file else [f"{args.out / job.file}  {job.prompt}" for job in jobs]
         written += [sheet] if is_file or args.grid else []

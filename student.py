@@ -111,11 +111,13 @@ def new_student(teacher, input_time, guidance):
 
 
 def set_trainable(network):
-    """Choose what of a student's network learns: all but its norms and biases, which stay the teacher's. So all that it
-    learns fits into the matrices of a LoRA (tools.export), at no cost in quality that shows (tiny/README.md). The
-    embeddings of time and guidance learn all of theirs: for one t and w they are one vector, which export can fold."""
+    """Choose what of a student's network learns: all but its norms and biases and its first and last layer, which stay
+    the teacher's. So all that it learns fits into the matrices of a LoRA that every program reads (tools.export), at no
+    cost in quality that shows (tiny/README.md). The embeddings of time and guidance learn all of theirs: for one t and
+    w they are one vector, which export can fold."""
     for name, p in network.named_parameters():
-        p.requires_grad_(p.ndim > 1 or "_embedding." in name)
+        in_lora = p.ndim > 1 and not name.startswith(("conv_in.", "conv_out."))
+        p.requires_grad_(in_lora or "_embedding." in name)
 
 
 def new_critic(student):

@@ -11,6 +11,7 @@ Times are those of signal_ode.py: 1..T, where the network's timestep index is t 
 
 import functools
 import math
+import warnings
 
 import torch
 
@@ -18,6 +19,7 @@ from model import VAE, TextEncoder, TinyVAE, UNet
 from plumbing.configs import check, is_pixel
 from plumbing.files import BadInput, parsing
 from plumbing.hub import find, resolve
+from plumbing.images import noise
 from plumbing.layout import fingerprint, part_folder, read_labels, read_scheduler, read_unet
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import load_module, weight_files
@@ -27,7 +29,7 @@ from signal_ode import Schedule, cfg, clean_prediction, solve
 def load_teacher(spec="tiny", device="cpu", dtype=torch.float32):
     """The frozen teacher of a name, hub id or folder in the diffusers layout. Raises BadInput, one sentence."""
     teacher = Teacher(*resolve(spec), device, dtype)
-    teacher.unet                                            # loads it now, so that a broken file is reported now
+    teacher.check_prediction()                              # loads the network, so that a broken file is reported now
     return teacher
 
 
@@ -100,6 +102,21 @@ class Teacher:
     def unet(self):
         """The network. It is read when it is first needed, because a student makes samples without it."""
         return load_module(UNet, self.unet_folder, self.device, self.dtype)
+
+    @torch.no_grad()
+    def check_prediction(self):
+        """Warn if the network seems to predict something else than its config says. At (eps, T) the output of an
+        epsilon network is nearly eps, and that of others is not."""
+        if self.unet.conv_in.weight.is_meta:                # tools.plan reads no values
+            return
+        condition = self.uncond or self.encode([next(iter(self.labels), "")])
+        eps, T = noise([0], self.shape).to(self.device), torch.tensor([self.schedule.T], device=self.device)
+        out = self.unet(eps, self.schedule.timestep(T), **condition)
+        cosine = torch.cosine_similarity(out.flatten().float(), eps.flatten(), 0).item()
+        if (cosine > 0.5) != (self.schedule.prediction == "epsilon"):
+            warnings.warn(f"the network of {self.spec} does not look like one of prediction_type "
+                          f"{self.schedule.prediction}, which its scheduler_config.json says or leaves out: its output "
+                          f"for noise has a cosine of {cosine:.3f} with it, and near 1 is epsilon", stacklevel=2)
 
     # -------------------------------------------------------------------------------------------- the condition
     @torch.no_grad()

@@ -28,7 +28,6 @@ The losses are in signal_ode.py and matching.py. Whatever is no part of the meth
     run.after                   stop if a loss is not finite; log, checkpoint and make samples where they are due
 """
 
-import argparse
 import functools
 import hashlib
 import math
@@ -36,11 +35,13 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))              # which PYTHONSAFEPATH leaves out
+
 import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
 from plumbing.configs import Number, check
-from plumbing.files import command, parsing, user_path, user_spec
+from plumbing.files import BadInput, command, new_parser, parsing, user_path, user_spec
 from plumbing.hub import EMBEDDED, HUB, is_embedded
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
@@ -76,8 +77,8 @@ def add_options(parser):
     option("--teacher", type=user_spec, default="tiny", help=f"{', '.join([*EMBEDDED, *HUB])}, a hub id, each with "
            "@REVISION if wished, or a folder in the diffusers layout (default: tiny)")
     option("--out", type=user_path, help="where everything goes; the same command resumes (default: runs/TEACHER)")
-    option("--prompts", type=user_path, help="text file, one prompt (or label) a line (default: the teacher's own "
-           "prompts.txt or labels, else 100,000 composed from word lists)")
+    option("--prompts", type=user_path, help="text file, one prompt (or label) a line, # begins a comment "
+           "(default: the teacher's own prompts.txt or labels, else 100,000 composed from word lists)")
     option("--seed", type=int, default=0)
     option = parser.add_argument_group("optimisation").add_argument
     option("--steps", type=int, help=either["steps"])
@@ -126,7 +127,7 @@ def guidance_scale(text):
     """A number, or the list of two that LO:HI stands for."""
     scales = [float(w) for w in text.split(":")]            # argparse reports a ValueError
     if len(scales) not in (1, 2) or not all(map(math.isfinite, scales)) or scales != sorted(set(scales)):
-        raise argparse.ArgumentTypeError(f"--guidance {text} is neither a number nor LO:HI")
+        raise BadInput(f"--guidance {text} is neither a number nor LO:HI")
     return scales if len(scales) == 2 else scales[0]
 
 
@@ -137,8 +138,7 @@ def default(name, teacher):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = new_parser(__doc__)
     add_options(parser)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name

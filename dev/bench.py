@@ -19,7 +19,6 @@ loop's, and one step of sampling is about 35 times as fast as fifty. On a GPU --
 Needs diffusers and transformers, except for --alone and --agreement.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -37,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import VAE, TextEncoder, UNet
-from plumbing.files import BadInput, check_new, command, read_json, user_path, user_spec, write_json
+from plumbing.files import BadInput, check_new, command, new_parser, read_json, user_path, user_spec, write_json
 from plumbing.hub import is_embedded, resolve
 from plumbing.images import noise, to_pil
 from plumbing.processes import PRECISION, peak_memory, pick_device, system_memory
@@ -280,7 +279,7 @@ def bench_agreement(args, device, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     option = parser.add_argument
     option("--teacher", type=user_spec, default="tiny", help="its name, or its folder in the diffusers layout")
     option("--precision", choices=list(PRECISION), default="fp32")

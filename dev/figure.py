@@ -14,14 +14,13 @@ other seeds it differs more from y_0. The step drawn is Euler's over two columns
 T / 10. Needs matplotlib.
 """
 
-import argparse
 import io
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from plumbing.files import command, user_path
+from plumbing.files import command, new_parser, user_path
 from plumbing.images import noise, read_about, save_png, to_pil
 from signal_ode import add_noise, signal_step, solve
 from student import load_student
@@ -102,7 +101,7 @@ def draw(times, rows, step):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--out", type=user_path, default=Path("docs/boot.png"))
     parser.add_argument("--prompt", default="a red ankle boot on a yellow background")
     parser.add_argument("--seed", type=int, default=14)

@@ -9,7 +9,6 @@ that many kills meet one. A moment is drawn from the length of an undisturbed ru
 each kill, and at the end that every state was the same. If one differs, the command names its folder and fails.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -25,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from plumbing.checkpoints import checkpoints, load
-from plumbing.files import BadInput, check_new, command, user_path
+from plumbing.files import BadInput, check_new, command, new_parser, user_path
 from plumbing.hub import ROOT
 
 RUN = ("train.py", "--batch", 8, "--warmup", 2, "--match-from", 0.5, "--every", 2, "--samples", 0)
@@ -103,7 +102,7 @@ def train_and_kill(out, args, length, draw, most):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     option = parser.add_argument
     option("--processes", type=int, default=1)
     option("--kills", type=int, default=20)

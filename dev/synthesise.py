@@ -9,7 +9,6 @@ A pixel model and a small decoder need no manifest, because their configs say it
 new folder; it has the published files' names and sizes.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -18,7 +17,7 @@ import shutil
 import numpy as np
 
 from model import TinyVAE, UNet
-from plumbing.files import BadInput, check_new, command, read_json, user_path, write_file
+from plumbing.files import BadInput, check_new, command, new_parser, read_json, user_path, write_file
 from plumbing.weights import OLD_NAMES, WEIGHTS, init_on_meta
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
@@ -77,7 +76,7 @@ def synthesise(source, out, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("source", type=user_path)
     parser.add_argument("out", type=user_path)
     args = parser.parse_args()

@@ -10,7 +10,6 @@ the judge's accuracy, 0.9 for garments and 1 for colours. The networks' configs 
 Change them there to train others.
 """
 
-import argparse
 import bisect
 import functools
 import gzip
@@ -27,8 +26,8 @@ from tqdm import tqdm
 
 from model import VAE, TextEncoder, TinyVAE, UNet
 from plumbing.configs import read_schedule
-from plumbing.files import (NOT_OURS, BadInput, check_new, command, read_json, read_text, user_path, write_file,
-                            write_json)
+from plumbing.files import (NOT_OURS, BadInput, check_new, command, new_parser, read_json, read_text, user_path,
+                            write_file, write_json)
 from plumbing.hub import TINY
 from plumbing.processes import pick_device
 from plumbing.tokenizer import VISIBLE, Tokenizer, join
@@ -340,7 +339,7 @@ STEPS = {"vae": 6000, "decoder": 12_000, "judge": 5000, "unet": 6000, "pixel": 2
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     option = parser.add_argument
     option("--data", type=user_path, default="/usr/share/datasets/fashion-mnist",
            help="folder with the four idx .gz files")
@@ -354,9 +353,9 @@ def main():
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    args.work.mkdir(parents=True, exist_ok=True)
     if not (args.out / "prompts.txt").exists() or read_text(args.out / "prompts.txt").splitlines() != PROMPTS:
         check_new(args.out)                                 # a folder that is ours has these prompts
+    args.work.mkdir(parents=True, exist_ok=True)
     for name, stage in STAGES.items():
         if name in args.stages:
             torch.manual_seed(args.seed)

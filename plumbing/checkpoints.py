@@ -65,9 +65,8 @@ def check_folder(out):
         with contextlib.suppress(BadInput):
             if {"fingerprint", "options"} & read_json(path, default={}).keys():
                 return
-    for pattern in ("config.json", "log.jsonl", "samples", "student", "state/[!.]*"):
-        for path in out.glob(pattern):
-            raise BadInput(f"{path} {NOT_OURS}")
+    for path in itertools.chain(*map(out.glob, ("config.json", "log.jsonl", "samples", "student", "state/[!.]*"))):
+        raise BadInput(f"{path} {NOT_OURS}")
 
 
 def check_options(out, options, saved):

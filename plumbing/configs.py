@@ -48,13 +48,7 @@ def check(key, value, supported, good=None):
         good = is_supported(value, supported)
         supported = ", ".join(repr(choice) for choice in supported if choice is not ...)
     if not good:
-        raise ValueError(f"{key} = {shorten(value)} is not supported: {supported}")
-
-
-def shorten(value, length=60):
-    """repr(value), or its beginning."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+        raise ValueError(f"{key} = {repr(value):.60} is not supported: {supported}")
 
 
 def read_config(config, table, either=(), lists=("block_out_channels", "down_block_types", "up_block_types")):
@@ -107,7 +101,7 @@ def read_schedule(config):
     if c["rescale_betas_zero_snr"]:
         betas = rescale_to_zero_snr(betas)
     alpha_bar = torch.cumprod(1 - betas, 0)                                                     # (T,)
-    given = ", ".join(f"{key} {shorten(config[key])}" for key in BETAS if config.get(key) is not None)
+    given = ", ".join(f"{key} {repr(config[key]):.60}" for key in BETAS if config.get(key) is not None)
     if not (alpha_bar[0] < 1 and (alpha_bar.diff() < 0).all()):
         raise ValueError(f"{given} is not supported: more noise at every step, and some signal before the last")
     alpha_T = alpha_bar[-1].sqrt()

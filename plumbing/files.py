@@ -9,13 +9,13 @@
 Every message for the person at the keyboard is one sentence.
 """
 
-import argparse
 import contextlib
 import errno
 import json
 import os
 import sys
 import warnings
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 NOT_OURS = "was not made by this project, and is not replaced: move it away, or choose another name"
 
 
-class BadInput(argparse.ArgumentTypeError, ValueError):
+class BadInput(ArgumentTypeError, ValueError):
     """What the person at the keyboard can put right: one sentence, and exit code 2 from every command."""
 
 
@@ -48,6 +48,11 @@ def command(main):
             message = f"out of memory, give half the --micro-batch, or --batch ({message.split('. ')[0]})"
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
+
+
+def new_parser(doc, **rest):
+    """An ArgumentParser whose --help begins with a command's docstring."""
+    return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **rest)
 
 
 def out_of_memory(error):

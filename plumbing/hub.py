@@ -9,12 +9,13 @@ HF_HUB_OFFLINE work as usual.
 import contextlib
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 
-from plumbing.files import BadInput, read_json, user_path
+from plumbing.files import BadInput, parsing, read_json, user_path
 from plumbing.weights import STEM, WEIGHTS, choose_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,9 @@ def resolve(spec):
     if spec.endswith("/") and Path(spec).is_dir():          # a folder, even if it has the name of a teacher
         return find(spec)
     spec = spec.rstrip("/")
+    if spec in {*EMBEDDED, *HUB} and Path(spec).is_dir() and Path(spec).resolve() not in EMBEDDED.values():
+        warnings.warn(f"{spec} is taken for the teacher of this name, not for the folder ./{spec}: for that, write "
+                      f"./{spec}", stacklevel=2)
     if spec in EMBEDDED:
         return EMBEDDED[spec], spec
     if spec.partition("@")[0] in HUB:
@@ -109,7 +113,8 @@ def fetch(repo, revision=None):
                     return folder
         raise BadInput(f"{repo} {explain(error)}") from None
     names = [file.rfilename for file in info.siblings]
-    files = needed(names)
+    with parsing(repo):
+        files = needed(names, lambda index: read_json(hf_hub_download(repo, index, revision=revision)))
     if not any(name.endswith(".safetensors") for name in files):
         if any(name.endswith(f"{STEM}.bin") for name in names):
             raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
@@ -121,12 +126,12 @@ def fetch(repo, revision=None):
         raise BadInput(f"{repo} {explain(error)}") from None
 
 
-def needed(names):
-    """Which of a repository's files a teacher or a student is made of."""
-    files = [name for name in names if name.count("/") < 2 and name.rpartition("/")[2] in SMALL]
-    for part in ("", "unet/", "vae/", "student/"):          # by stem: some repositories also have all in one file
-        files += choose_weights(names, part + STEM)
-    return files + choose_weights(names, "text_encoder/model")
+def needed(names, read):
+    """Which of a repository's files a teacher or a student is made of. `read`: see choose_weights."""
+    files = [name for name in names if name.count("/") < 2 and (name.rpartition("/")[2] in SMALL or ".index." in name)]
+    for stem in (STEM, f"unet/{STEM}", f"vae/{STEM}", f"student/{STEM}", "text_encoder/model"):
+        files += choose_weights(names, stem, read)          # by stem: some repositories also have all in one file
+    return files
 
 
 def explain(error):

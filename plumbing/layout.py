@@ -12,6 +12,7 @@ from plumbing.configs import CLIPPING, COUNT, Number, check, is_pixel, read_conf
 from plumbing.files import BadInput, parsing, read_json
 from plumbing.weights import open_tensors, remap_key, weight_names
 
+EXPORTED = "_student_of"        # the key of a scheduler's config that tools.export writes; diffusers ignores such keys
 # The accepted classes of each part of a model. None skips the check: either the part's own config is checked, or the
 # part is not used.
 CLASSES = {
@@ -52,6 +53,9 @@ def read_scheduler(folder):
         found = "a student, not a teacher" if student else "no model in the diffusers layout"
         raise BadInput(f"{folder} holds {found}: there is no {path.relative_to(folder)}")
     config = read_json(path)
+    if EXPORTED in config:
+        raise BadInput(f"{folder} is a student that tools.export wrote for other programs, not a teacher: "
+                       f"its teacher is {config[EXPORTED]}")
     with parsing(path):
         # If a config omits clip_sample, the DDPM and DDIM schedulers clip and the others don't.
         clips = config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")

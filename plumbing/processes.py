@@ -11,6 +11,7 @@ import datetime
 import itertools
 import os
 import signal
+import threading
 import time
 import uuid
 import warnings
@@ -60,7 +61,9 @@ def torchrun():
 
 
 def join(rank, world, backend):
-    """Meet the other processes, which may still be downloading. Raises BadInput."""
+    """Meet the other processes, which may still be downloading. From now on until the first step, Ctrl-C ends this
+    process at once. Raises BadInput."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Python's own handler waits, too
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
@@ -137,9 +140,21 @@ class Stop:
 
     def __init__(self, speaks):
         self.speaks = speaks
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        signal.set_wakeup_fd(mouth)                         # every signal is heard there at once, even in a C function,
+        threading.Thread(target=self.listen, args=[ear], daemon=True).start()       # where this handler has to wait
         for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:           # as nohup sets it
                 signal.signal(number, self)
+
+    def listen(self, ear):
+        """End this process at the second Ctrl-C, even while it waits for the others."""
+        for _ in range(2):
+            while os.read(ear, 1)[0] != signal.SIGINT:
+                pass
+        time.sleep(1)                                       # for the handler, if nothing keeps it
+        os._exit(130)
 
     def __call__(self, number, _):
         if number == signal.SIGINT and self.asked:

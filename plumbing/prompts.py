@@ -16,9 +16,11 @@ FEW = 2**11         # so many prompts, or fewer, are encoded once
 
 
 def read_prompts(path):
-    """The lines of a UTF-8 prompt file that are not blank. Raises BadInput."""
+    """The lines of a UTF-8 prompt file, but for blank ones and comments, which begin with #. Raises BadInput."""
+    if Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
+        raise BadInput(f"{path} is not read as {Path(path).suffix}: give a plain text file, one prompt a line")
     lines = read_text(path).split("\n")                      # other separators belong to the prompt
-    prompts = [line.strip(" \t") for line in lines if line.strip()]
+    prompts = [line.strip(" \t") for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise BadInput(f"{path} holds no prompt; it takes one a line")
     return prompts

@@ -17,6 +17,10 @@ from plumbing.files import BadInput, parsing, read_json, write_file
 STEM = "diffusion_pytorch_model"                            # the published name of U-Net and VAE weights
 WEIGHTS = f"{STEM}.safetensors"
 FLOAT32 = ("conv_norm_out.", "conv_out.")                   # the U-Net's last layers, see signal_ode.clean_prediction
+REMEDIES = {                                    # what names of weights tell about how they were saved
+    "_orig_mod.": "they were saved from a compiled module: save the module inside, ._orig_mod",
+    "base_layer.": "a LoRA's layers are still in them: fuse_lora(), then unload_lora_weights(), then save_pretrained()",
+    "lora_": "they are a LoRA, not a model: fuse it into the model, and save that"}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # before diffusers 0.12
 
 
@@ -27,7 +31,12 @@ def open_tensors(path):
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}") from None
+        why = f"is not a whole safetensors file: {error}"
+        if not Path(path).exists():
+            why = "is missing" + ", and the link leads nowhere" * Path(path).is_symlink()
+        elif Path(path).stat().st_size < 1000 and b"git-lfs" in Path(path).read_bytes():
+            why = "is a Git LFS pointer, not the weights: run `git lfs pull` there"
+        raise BadInput(f"{path} {why}") from None
 
 
 def write_tensors(path, tensors, dtype):
@@ -87,35 +96,49 @@ def build(network, config, tensors, where):
     tensors = {remap_key(name): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = [f"missing {n}" for n in expected if n not in shapes]
-    wrong += [f"unexpected {n}" for n in shapes if n not in expected]
-    wrong += [f"{n} is {shapes[n]}, not {expected[n]}" for n in expected if shapes.get(n, expected[n]) != expected[n]]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise BadInput(f"{where} does not hold the weights its config describes: {'; '.join(wrong[:8])}{more}")
+    wrong = [[f"missing {n}" for n in expected if n not in shapes],
+             [f"unexpected {n}" for n in shapes if n not in expected],
+             [f"{n} is {shapes[n]}, not {expected[n]}" for n in expected if shapes.get(n, expected[n]) != expected[n]]]
+    if any(wrong):
+        said = [text for kind in wrong for text in kind[:3] + [f"{len(kind) - 3} more"] * (len(kind) > 3)]
+        remedy = next((f" ({REMEDIES[mark]})" for mark in REMEDIES if any(mark in name for name in tensors)), "")
+        raise BadInput(f"{where} does not hold the weights its config describes{remedy}: {'; '.join(said)}")
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def choose_weights(names, stem):
-    """Which of the file names hold the weights called stem: the whole file, else its shards, else those in fp16."""
+def choose_weights(names, stem, read):
+    """The files that hold the weights called stem, out of these names. If there is an index of shards, it decides, as
+    in diffusers. Else it is the whole file or its shards, else the same in fp16. `read`: callable (name of an index) ->
+    its JSON. Raises ValueError if there are two sets and no index."""
     for variant in ("", ".fp16"):
-        whole = rf"{re.escape(stem + variant)}\.safetensors"
-        shard = rf"{re.escape(stem)}(?:{re.escape(variant)})?-\d+-of-\d+(?:{re.escape(variant)})?\.safetensors"
-        for pattern in (whole, shard):
-            if found := sorted(name for name in names if re.fullmatch(pattern, name)):
-                return found
+        index, whole = f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors"
+        if index in names:
+            with parsing(index):
+                listed = {Path(stem).with_name(Path(name).name) for name in read(index)["weight_map"].values()}
+                return sorted(map(str, listed))
+        found = [re.fullmatch(rf"{re.escape(stem)}({variant})?-\d+-of-(\d+)({variant})?\.safetensors", name)
+                 for name in sorted(names)]
+        sets = {match[2]: match[0] for match in found if match} | ({"": whole} if whole in names else {})
+        if len(sets) > 1:
+            raise ValueError(f"{' and '.join(sets.values())} are of two sets of weights: move one away")
+        for num, name in sets.items():                      # all shards of this number, those that are missing too
+            return [re.sub(r"\d+-of", f"{k:05}-of", name) for k in range(1, int(num or 0) + 1)] or [name]
     return []
 
 
 def weight_files(folder, stem=STEM):
     """The safetensors files of a folder that hold its weights, one or several shards. Raises BadInput."""
     names = [path.name for path in folder.glob("*")]
-    if chosen := choose_weights(names, stem):
-        return [folder / name for name in chosen]
-    pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-    refused = f" ({', '.join(pickled)} is a pickle, which can run code, and is refused)" if pickled else ""
-    raise BadInput(f"{folder / stem}.safetensors is missing{refused}")
+    with parsing(folder):
+        files = choose_weights(names, stem, lambda index: read_json(folder / index))
+    for name in files or [f"{stem}.safetensors"]:
+        if name not in names:
+            others = [other for other in names if other.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
+            said = (f", and there is only {', '.join(others)}: a pickle can run code and is refused, another variant "
+                    "has to be renamed or saved without `variant`") * bool(others)
+            raise BadInput(f"{folder / name} is missing{said}")
+    return [folder / name for name in files]
 
 
 def load_module(network, folder, device, dtype, stem=STEM):

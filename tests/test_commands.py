@@ -117,7 +117,7 @@ def test_what_this_project_did_not_write_is_never_replaced(script, bad, line, na
     Image.new("RGB", (8, 8)).save(bad / "image.png")
     Image.new("RGB", (8, 8)).save(bad / "image.webp")
     for file in names.split():
-        for content in (b"", b"notes", b'{"lr": 1}', (bad / "image.png").read_bytes(), (bad / "image.webp").read_bytes()):
+        for content in (b"", b"notes", b'{"lr": 1}', *(path.read_bytes() for path in bad.glob("image.*"))):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             (out / file).write_bytes(content)
             program, *options = line.format(out=out, bad=bad).split()

@@ -79,7 +79,7 @@ def sample(call, out, student, *options):
     """sample.py's images from the seed 0 on."""
     code, _, error = call("sample", "--student", student, *options, "--out", out)
     assert code == 0, error
-    return pixels([Image.open(path) for path in sorted(out.glob("*.png"))])
+    return pixels([Image.open(path) for path in sorted(out.glob("*.png"), key=lambda path: path.stem[-6:])])
 
 
 def export(call, out, student, *options):

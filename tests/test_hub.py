@@ -47,7 +47,7 @@ def test_files_of_every_layout_are_needed_and_no_others():
                f"vae/{STEM}.fp16.safetensors", "text_encoder/model.safetensors", f"student/{WEIGHTS}"]
     others = ["v1-5.safetensors", f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors", "README.md", "a/b/config.json",
               "text_encoder/model.fp16.safetensors", "safety_checker/model.safetensors", f"vqvae/{WEIGHTS}"]
-    assert set(needed(small + weights + others)) == {*small, *weights}
+    assert set(needed(small + weights + others, None)) == {*small, *weights}
 
 
 def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):

@@ -95,8 +95,8 @@ def test_a_run_leaves_everything_and_says_where(finished):
     assert last["step"] == 5 and all(last[name] > 0 for name in ("bootstrap", "boundary", "matching", "critic"))
     assert len(last["bootstrap_by_time"]) == 8 and last["samples_per_s"] > 0 and last["memory_gb"] > 0.1
     assert Image.open(out / "samples" / "step_5.png").size == (96, 2 * 96)
-    before = load_file(TINY / "unet" / WEIGHTS)["conv_in.weight"].float()
-    assert not student(out)["conv_in.weight"].equal(before)
+    before, name = load_file(TINY / "unet" / WEIGHTS), "down_blocks.0.resnets.0.conv1.weight"
+    assert not student(out)[name].equal(before[name].float())
 
 
 def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
@@ -136,7 +136,7 @@ def test_half_precision_resumes_bitwise(tmp_path, monkeypatch, precision, dtype,
     assert not differences(tmp_path / "whole", tmp_path / "parts")
     if scale:
         state = read_state(tmp_path / "whole")
-        assert state["scaler.scale"] < scale and state["student.step.conv_out.weight"] < 3 == state["critic_steps"]
+        assert state["scaler.scale"] < scale and state["student.step.mid_block.resnets.0.conv1.weight"] < 3 == state["critic_steps"]
 
 
 def test_every_is_for_checkpoints_and_sheets_and_no_samples_need_no_teacher(call, tmp_path, monkeypatch):
@@ -187,7 +187,8 @@ def test_every_option_makes_another_student(usual, tmp_path, options):
     assert train_forked(tmp_path / "run", 1, *QUICK, *options)[0] == [0]
     ours, theirs = student(tmp_path / "run"), student(usual)
     changed = {name for name, tensor in theirs.items() if not ours[name].equal(tensor)}
-    assert {"conv_in.weight", "mid_block.attentions.0.to_q.weight"} <= changed
+    assert {"down_blocks.0.resnets.0.conv1.weight", "mid_block.attentions.0.to_q.weight"} <= changed
+    assert not any(name.startswith(("conv_in.", "conv_out.")) or "norm" in name for name in changed)
 
 
 # ----------------------------------------------------------------------------------------------- what a step is made of

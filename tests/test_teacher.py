@@ -236,7 +236,7 @@ def test_a_value_that_a_folder_must_not_have_is_named_with_its_file(tmp_path, pa
     (lambda file: change_weights(file, lambda old: old | {"extra": torch.zeros(1)}), "unexpected extra"),
     (lambda file: change_weights(file, lambda old: old | {"conv_in.bias": torch.zeros(3)}), r"conv_in.bias is \(3,\)"),
     (lambda file: file.write_bytes(file.read_bytes()[:5000]), "is not a whole safetensors file"),
-    (lambda file: file.rename(file.with_name(f"{STEM}.bin")), f"{STEM}.bin is a pickle")])
+    (lambda file: file.rename(file.with_name(f"{STEM}.bin")), f"only {STEM}.bin: a pickle")])
 def test_weights_that_do_not_fit_are_named(copy, change, message):
     change(copy / UNET_FILE)
     with pytest.raises(BadInput, match=f"unet.*{message}"):

@@ -6,7 +6,6 @@ It reads log.jsonl while the run goes on, or after it. Where a curve has more th
 is the mean of several. It needs matplotlib.
 """
 
-import argparse
 import io
 import json
 import math
@@ -14,7 +13,7 @@ import statistics
 
 from PIL import Image
 
-from plumbing.files import BadInput, command, user_path
+from plumbing.files import BadInput, command, new_parser, user_path
 from plumbing.images import save_png
 
 MOST = 200              # points of a curve
@@ -70,8 +69,7 @@ def draw(axes, title, steps, curves, scale="log"):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = new_parser(__doc__)
     p.add_argument("run", type=user_path, help="the folder that train.py writes, --out")
     p.add_argument("--out", type=user_path, help="the PNG file (default: curves.png in the run's folder)")
     args = p.parse_args()

@@ -21,7 +21,6 @@ scale, seed and number of images, and are stored in its folder. The columns:
     images_per_s                not timed row by row, but computed from one step and one decoding, timed just now
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -38,8 +37,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from matching import LEAST_SIGNAL, limited_guidance
-from plumbing.files import (BadInput, check_ours, command, parsing, read_json, user_path, user_spec, write_file,
-                            write_json)
+from plumbing.files import (BadInput, check_ours, command, new_parser, parsing, read_json, user_path, user_spec,
+                            write_file, write_json)
 from plumbing.hub import TINY
 from plumbing.images import image_grid, noise, read_about, save_png, to_pil
 from plumbing.processes import pick_device
@@ -312,8 +311,7 @@ def usual_place(student, teacher):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = new_parser(__doc__)
     p.add_argument("--student", type=user_spec, default=TINY / "student",
                    help="folder that train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", type=user_spec, help="its teacher, if the folder it was made from has moved")

@@ -11,7 +11,6 @@ embedding folds into the bias of time_embedding.linear_2; a guidance scale folds
 ends at the input time, so one step with trailing spacing begins there. README.md in the folder says how to use it.
 """
 
-import argparse
 import copy
 import json
 import re
@@ -24,10 +23,11 @@ from huggingface_hub import HfApi
 
 from model import UNet, guidance_sinusoid
 from plumbing.configs import read_schedule, target_slot
-from plumbing.files import BadInput, check_new, command, read_json, user_path, user_spec, write_file, write_json
+from plumbing.files import (BadInput, check_new, command, new_parser, read_json, user_path, user_spec, write_file,
+                            write_json)
 from plumbing.hub import HUB, SMALL, TINY, find, is_embedded
 from plumbing.images import noise
-from plumbing.layout import part_folder
+from plumbing.layout import EXPORTED, part_folder
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from plumbing.weights import WEIGHTS, build, write_tensors
@@ -123,37 +123,42 @@ def low_rank(difference, rank):
     return (b.T.float(), a.T.float()) if tall else (a.float(), b.float())
 
 
-def time_embedding(tensors, student):
-    """(hidden layer (c_emb,), embedding (c_emb,)) of the input time, by a network's tensors."""
+def embedded_time(tensors, student):
+    """silu(emb) (c_emb,), which is what the resnets get of the input time, by a network's tensors."""
     part = {name.removeprefix("time_embedding."): p.double() for name, p in tensors.items() if "time_embedding" in name}
     index = torch.tensor([student.teacher.schedule.timestep(student.input_time)])
     sinusoid = student.network.sinusoid(index)[0].double()                                      # (c_0,)
     hidden = F.silu(part["linear_1.weight"] @ sinusoid + part["linear_1.bias"])
-    return hidden, part["linear_2.weight"] @ hidden + part["linear_2.bias"]
+    return F.silu(part["linear_2.weight"] @ hidden + part["linear_2.bias"])
 
 
 @torch.no_grad()
 def make_lora(tensors, student, rank, dtype=torch.float32):
     """(lora, made), both {name: tensor}: a LoRA for the teacher's network, and the weights that result from it. At full
-    rank they are the student's. `tensors`: the student's, folded. `rank`: of all matrices, because programs disagree
-    about LoRAs with several ranks; 0 is the full one. `dtype`: of the file."""
+    rank they make the student's images. `tensors`: the student's, folded. `rank`: of all matrices, because programs
+    disagree about LoRAs with several ranks; 0 is the full one. `dtype`: of the file.
+    Programs look for layers in resnets and attentions, and not all of them elsewhere. So the time's embedding stays the
+    teacher's, and what it lacks goes to the resnets' time_emb_proj. The input time is fixed, so each of these gets one
+    vector: h from the teacher's embedding, h' from the student's. A change of rank one makes W h into W' h'. The first
+    and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
     rank = min(rank or whole, whole)
-    # At fixed times the embedding of time is one vector, so that its change is a matrix of rank one.
-    _, student_embedding = time_embedding(tensors, student)
-    hidden, teacher_embedding = time_embedding(own, student)
-    change = torch.outer(student_embedding - teacher_embedding, hidden) / hidden.square().sum()
+    theirs, ours = embedded_time(own, student), embedded_time(tensors, student)                 # h, h'
     for name, weight in own.items():
         made[name] = weight
-        module = name.removesuffix(".weight")
-        if weight.ndim < 2 or module == "time_embedding.linear_1":
+        if weight.ndim < 2 or name.startswith("time_embedding."):
             continue
-        difference = change if module == "time_embedding.linear_2" else (tensors[name] - weight).flatten(1)
+        difference = (tensors[name] - weight).flatten(1)
+        if "time_emb_proj" in name:
+            change = tensors[name].double() @ ours - weight.double() @ theirs
+            difference = torch.outer(change, theirs) / theirs.square().sum()
+        elif not difference.any():
+            continue
         up, down = (factor.to(dtype).float() for factor in low_rank(difference, rank))
         made[name] = weight + (up @ down).view_as(weight)
-        key = f"lora_unet_{module.replace('.', '_')}"
+        key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
         lora[f"{key}.lora_down.weight"] = down.view(rank, *weight.shape[1:])
         lora[f"{key}.lora_up.weight"] = up.view(*up.shape, *[1] * (weight.ndim - 2))
     return lora, made
@@ -164,16 +169,16 @@ def lora_error(tensors, made, student):
     """How much the images of a LoRA differ from the student's: (RMS, maximum) over the pixels of a few, in 1/255.
     `tensors`, `made`: {name: tensor} of the student and of the LoRA, in the teacher's architecture."""
     teacher, i = student.teacher, student.input_time
-    prompts = training_prompts(teacher)
-    eps = noise(range(COMPARED), teacher.shape).to(teacher.device)
-    condition = teacher.encode([prompts[k * len(prompts) // COMPARED] for k in range(COMPARED)])
-    x, t = teacher.schedule.sigma(i) * eps, torch.full((COMPARED,), i, device=teacher.device)
-    images = []
+    prompts, images = training_prompts(teacher), []
     for weights in (tensors, made):
         network = build(UNet, read_json(teacher.unet_folder / "config.json"), weights, LORA).to(teacher.device)
-        out = network(x.float(), teacher.schedule.timestep(t), **condition)
-        images.append(teacher.decode(clean_prediction(out, x, t, teacher.schedule)) * 127.5)
-    error = images[0] - images[1]
+        for k in range(COMPARED):                           # one image at a time, to spare memory
+            x = (teacher.schedule.sigma(i) * noise([k], teacher.shape)).float().to(teacher.device)
+            t = torch.tensor([i], device=teacher.device)
+            condition = teacher.encode([prompts[k * len(prompts) // COMPARED]])
+            out = network(x, teacher.schedule.timestep(t), **condition)
+            images.append(teacher.decode(clean_prediction(out, x, t, teacher.schedule)) * 127.5)
+    error = torch.cat(images[:COMPARED]) - torch.cat(images[COMPARED:])
     return error.square().mean().sqrt().item(), error.abs().max().item()
 
 
@@ -210,6 +215,8 @@ def export(student, args):
     else:
         pipeline, unet = "StableDiffusionPipeline", tensors
         scheduler = truncate_schedule(read_json(part_folder(teacher.folder, "scheduler") / "scheduler_config.json"), i)
+    if args.single_file and f"{out.resolve().name}.safetensors" == LORA:
+        raise BadInput(f"--out {out}: the single file would have the name of the LoRA, {LORA}: give another name")
     if args.single_file:                                                # with the teacher's own VAE
         files[f"{out.resolve().name}.safetensors"] = single_file(
             tensors, teacher.vae.state_dict(), teacher.text_encoder.state_dict(), config)
@@ -223,7 +230,7 @@ def export(student, args):
 
     write_tensors(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "scheduler" / "scheduler_config.json", {**scheduler, EXPORTED: teacher.spec})
     for name, content in files.items():
         write_tensors(out / name, content, dtype)
     parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
@@ -301,13 +308,12 @@ def push(folder, repo, private):
 def rank(text):
     """The rank of --lora; 0 for the full one."""
     if text != "full" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"--lora {text} is neither a rank, such as 64, nor full")
+        raise BadInput(f"--lora {text} is neither a rank, such as 64, nor full")
     return 0 if text == "full" else int(text)
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = new_parser(__doc__)
     p.add_argument("--student", type=user_spec, default=TINY / "student",
                    help="what train.py wrote (default: the shipped one)")
     p.add_argument("--teacher", type=user_spec, help="its teacher's folder, if that has moved since the training")

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from plumbing.configs import Number, check
 from plumbing.files import BadInput, command, parsing, user_path, write_file
 from plumbing.images import image_grid, keep_another_students, noise, read_about, save_png, text_chunks, to_pil
-from sample import new_parser, open_student, read_inputs
+from sample import open_student, parser_of_images, read_inputs
 from signal_ode import append_dims
 
 PACING = 3              # times that the distances of neighbours are measured and evened out
@@ -28,7 +28,7 @@ FRAMES = "frame_[0-9][0-9][0-9][0-9].png"
 
 
 def parse_args():
-    parser = new_parser(__doc__)
+    parser = parser_of_images(__doc__)
     parser.set_defaults(num=1, compare=[])
     parser.add_argument("--frames", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--grid", action="store_true", help="also one sheet, a row of all frames, grid.png")

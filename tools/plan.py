@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 import train
 from plumbing.checkpoints import FILE_SIZE
 from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, parsing
+from plumbing.files import BadInput, command, new_parser, parsing
 from plumbing.processes import PRECISION
 from plumbing.prompts import Conditions
 from plumbing.run import split_batch
@@ -248,8 +248,7 @@ def parse_args():
     option("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
     option("--tflops", type=float, help="that a process sustains (default: 100 on a GPU, as an H200 with 4 samples at "
            "once, and 250 with 16; 0.1 on a CPU, as two cores)")
-    both = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False, parents=[ours])
+    both = new_parser(__doc__, parents=[ours])
     train.add_options(both)
     both.parse_args()                                       # for --help, and for what neither knows
     own, rest = ours.parse_known_args()
