@@ -77,6 +77,7 @@ def script(monkeypatch, capsys):
     ("tools/export --out {bad}", "is there, and not empty: give a new name"),
     ("tools/export --student tiny/pixel --lora 8", "--lora and --single-file are for students of Stable Diffusion"),
     ("tools/export --lora 0", "--lora 0 is neither a rank"),
+    ("tools/export --lora 1 --single-file --out {bad}/pytorch_lora_weights", "would have the name of the LoRA"),
     ("tools/export --private", "--private goes with --push"),
     ("tools/curves {bad}", "log.jsonl: No such file"),
     ("dev/bench --teacher nosuch", "'nosuch' is neither a name (tiny"),
@@ -163,6 +164,12 @@ def test_a_home_folder_is_found_in_every_path(script, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / program), run_name="__main__")
     assert (tmp_path / "png" / "bag_000000.png").exists() and (tmp_path / "x" / "README.md").exists()
     assert not (ROOT / "~").exists()
+
+
+def test_a_safe_path_leaves_out_no_module(run, monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    for name in ("train.py", "sample.py"):
+        assert "--teacher" in run(name, "--help").stdout
 
 
 def test_out_of_memory_says_what_to_do(capsys):

@@ -8,6 +8,7 @@
   back, of models with SD 1.x's and 2.x's configs.
 """
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -35,12 +36,12 @@ diffusers.utils.logging.disable_progress_bar()
 UNET = f"unet/{WEIGHTS}"
 
 
-def random_student(folder, family, guidance=3.0):
+def random_student(folder, family, guidance=3.0, size=8):
     """A student with random weights of a small teacher with a published model's config and schedule. The teacher is in
     folder/teacher; its text encoder and VAE are tiny's."""
     config = read_json(CHECKPOINTS / family / "unet" / "config.json")
     config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8,
-               "sample_size": 8}
+               "sample_size": size}
     if "cross_attention_dim" in config:
         config["cross_attention_dim"] = 64
         copy_tiny(folder / "teacher")
@@ -55,15 +56,17 @@ def random_student(folder, family, guidance=3.0):
     teacher = load_teacher(folder / "teacher")
     T = teacher.schedule.T
     student = new_student(teacher, T if teacher.schedule.prediction == "v_prediction" else round(0.6 * T), guidance)
-    train_at_random(student.network)
+    train_at_random(student.network, but=("conv_in.", "conv_out."))
     save_student(folder / "student", student)
     return folder / "student"
 
 
 @torch.no_grad()
-def train_at_random(network):
+def train_at_random(network, but=()):
     """Change every matrix at random; of guidance only the slow features, as training does."""
     for name, p in network.named_parameters():
+        if name.startswith(but):
+            continue
         if "cond_proj" in name:
             p[:, 100:128] += 0.1 * torch.randn_like(p[:, 100:128])
         elif p.ndim > 1:
@@ -88,6 +91,13 @@ def export(call, out, student, *options):
     return printed
 
 
+def run_card(folder):
+    """The names that the first lines of code in a card define."""
+    names = {}
+    exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    return names
+
+
 def one_step(pipeline, **arguments):
     """A pipeline's images from the noises of seeds 0 and 1."""
     pipeline.set_progress_bar_config(disable=True)
@@ -95,6 +105,8 @@ def one_step(pipeline, **arguments):
     return pixels(pipeline(num_inference_steps=1, generator=generator, **arguments).images)
 
 
+# Layers of LoRAs that all programs look for: sd-scripts and stable-diffusion.cpp take what is in these modules alone
+KNOWN_TO_ALL = r"lora_unet_(down_blocks_\d+|mid_block|up_blocks_\d+)_(resnets|attentions|(down|up)samplers)_\d+_"
 TEXT = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 PIPE = {"prompt": PROMPTS, "guidance_scale": 1.0}
 
@@ -117,6 +129,10 @@ def test_a_student_of_text_is_exported_as_a_model_and_as_a_lora(call, tmp_path, 
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "x", subfolder="scheduler")
     pipeline.load_lora_weights(tmp_path / "x", weight_name="pytorch_lora_weights.safetensors")
     assert abs(one_step(pipeline, **PIPE) - expected).max() <= 1
+    layers = load_file(tmp_path / "x" / tools.export.LORA)              # tiny's student learned its outer layers, too
+    assert all(re.match(KNOWN_TO_ALL, key) or family == "tiny" and "unet_conv_" in key for key in layers)
+    code, _, error = call("train", "--teacher", tmp_path / "x", "--dry-run", "--out", tmp_path / "run")
+    assert code == 2 and "is a student that tools.export wrote" in error
 
 
 @pytest.mark.parametrize("config", [
@@ -152,6 +168,13 @@ def test_a_range_of_guidance_stays_an_input_of_both_pipelines_or_is_folded(call,
     assert abs(one_step(pipeline, **PIPE) - own[5.0]).max() <= 1 and abs(own[5.0] - own[8.0]).max() > 10
 
 
+def test_the_card_of_a_student_that_is_not_square_runs(call, tmp_path):
+    student = random_student(tmp_path, "sd15", [2.0, 8.0], [8, 12])
+    export(call, tmp_path / "x", student)
+    names = run_card(tmp_path / "x")
+    assert names["image"].size == (48, 32)
+
+
 def test_an_unconditional_pixel_student_opens_as_a_ddim_pipeline(call, tmp_path):
     student = random_student(tmp_path, "ddpm-cifar10-32")
     export(call, tmp_path / "x", student)
@@ -164,10 +187,8 @@ def test_the_card_of_a_class_student_says_how_it_is_used(call, tmp_path):
     """No pipeline has classes of pixels, so the card's own lines are run."""
     export(call, tmp_path / "x", TINY / "pixel")
     expected = sample(call, tmp_path / "own", TINY / "pixel", "--label", "t-shirt")
-    code = (tmp_path / "x" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     torch.manual_seed(0)
-    names = {}
-    exec(code, names)
+    names = run_card(tmp_path / "x")
     image = ((names["image"][0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).int().numpy()
     assert abs(image - expected[0]).max() <= 1
 
@@ -190,6 +211,22 @@ def test_the_single_file_opens_as_the_original_does(call, tmp_path):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "x", subfolder="scheduler")
     expected = sample(call, tmp_path / "own", TINY / "student", *TEXT)
     assert abs(one_step(pipeline, **PIPE) - expected).max() <= 1
+
+
+def test_workflows_are_written_for_the_single_file_and_the_lora(call, tmp_path):
+    """Those that ran in ComfyUI, with the file, its size, prediction and noise level filled in."""
+    student = random_student(tmp_path, "sd21-768-v", size=[8, 16])
+    export(call, tmp_path / "x", student, "--single-file", "--lora", 4)
+    for name, file, model in (("workflow", "x.safetensors", "1"), ("workflow_lora", "the_teacher.safetensors", "11")):
+        nodes = read_json(tmp_path / "x" / f"{name}.json")
+        inputs = {node["class_type"]: node["inputs"] for node in nodes.values()}
+        assert inputs["CheckpointLoaderSimple"]["ckpt_name"] == file and inputs["KarrasScheduler"]["steps"] == 1
+        assert inputs["KarrasScheduler"]["sigma_max"] == pytest.approx(14.6146, abs=1e-3)           # at T
+        sampling = inputs["ModelSamplingDiscrete"]
+        assert (sampling["sampling"], sampling["model"]) == ("v_prediction", [model, 0])
+        assert (inputs["EmptyLatentImage"]["width"], inputs["EmptyLatentImage"]["height"]) == (64, 32)
+        links = [value for node in inputs.values() for value in node.values() if isinstance(value, list)]
+        assert links and all(number in nodes for number, _ in links) and ("11" in nodes) == (model == "11")
 
 
 def test_an_export_is_pushed_to_the_hub_or_the_error_says_what_to_do(call, tmp_path, hub, monkeypatch):

@@ -48,6 +48,9 @@ def test_files_of_every_layout_are_needed_and_no_others():
     others = ["v1-5.safetensors", f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors", "README.md", "a/b/config.json",
               "text_encoder/model.fp16.safetensors", "safety_checker/model.safetensors", f"vqvae/{WEIGHTS}"]
     assert set(needed(small + weights + others, None)) == {*small, *weights}
+    index, shards = f"unet/{STEM}.safetensors.index.json", ["unet/a.safetensors", "unet/b.safetensors"]
+    assert set(needed([index, *shards, *weights], lambda name: {"weight_map": {"x": "a.safetensors"}})) == {
+        index, shards[0], *weights[2:]}
 
 
 def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):
@@ -126,8 +129,11 @@ def test_names_folders_and_hub_ids_are_understood(hub, tmp_path, monkeypatch):
     assert resolve(f"{TINY}/pixel/") == resolve(TINY / "pixel")
     monkeypatch.chdir(tmp_path)
     assert resolve("tiny/") == resolve("tiny") and is_embedded("tiny/")
-    (tmp_path / "sd21").mkdir()                             # a folder, though sd21 is a name
-    assert resolve("sd21/")[0].resolve() == tmp_path / "sd21"
+    for name in ("sd21", "tiny"):                           # folders, though these are names
+        (tmp_path / name).mkdir()
+        assert resolve(f"{name}/")[0].resolve() == resolve(f"./{name}")[0].resolve() == tmp_path / name
+    with pytest.warns(UserWarning, match="tiny is taken for the teacher of this name, not for the folder ./tiny"):
+        assert resolve("tiny")[0] == TINY
 
 
 @pytest.mark.parametrize("spec, message", [

@@ -13,8 +13,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 import train
 from conftest import ROOT, slow
 from dev.kill import differences, read_state
-from forks import short_of_memory, signal_in_step, train_forked
+from forks import in_step, short_of_memory, signal_in_step, train_forked
 from plumbing.checkpoints import checkpoints
 from plumbing.files import BadInput
 from plumbing.processes import torchrun
@@ -117,6 +119,26 @@ def test_torchrun_that_is_stopped_ends_with_a_checkpoint(tmp_path):
         process.terminate()
         printed = process.stdout.read()
     assert f"stopped at step {max(checkpoints(tmp_path))}; " in printed, printed
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_the_others(tmp_path):
+    """It waits in C code, where no handler of Python's runs, for one that waits until it has ended."""
+    pid, began = tmp_path / "pid", time.time()
+
+    def interrupt():
+        pid.write_text(str(os.getpid()))
+        for seconds in (4, 5):
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def wait():
+        while not pid.exists() or Path(f"/proc/{pid.read_text()}").exists() and time.time() < began + 100:
+            time.sleep(0.1)
+
+    def prepare(rank):
+        in_step(2, (interrupt, wait)[rank], rank)(rank)
+    codes, printed = train_forked(tmp_path, 2, *QUICK, prepare=prepare)
+    assert codes[0] == 130 and time.time() < began + 60, printed
 
 
 def test_processes_of_other_options_are_refused(tmp_path):

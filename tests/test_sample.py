@@ -205,6 +205,14 @@ def test_two_processes_share_the_images_that_one_makes(run, tmp_path):
     assert len(files(tmp_path / "one")) == 40 and files(tmp_path / "two") == files(tmp_path / "one")
 
 
+def test_what_a_cluster_left_in_the_environment_is_told(call, tmp_path, monkeypatch):
+    """It looks like torchrun, so that this process makes half of the images."""
+    for key, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    error = sample(call, *TWO, "--batch", 1, "--out", tmp_path)
+    assert "process 1 of 2, as RANK and WORLD_SIZE say: makes its share" in error and len(files(tmp_path)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["| head -1", "2>&1 | head -1", ">&-", "2>&-", "| true"])
 def test_all_is_sampled_whoever_listens(tmp_path, shell):

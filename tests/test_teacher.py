@@ -156,6 +156,17 @@ def in_shards(folder):
     assert len(weight_files(folder / "unet")) == 2
 
 
+def with_an_index_beside_a_stale_file(folder):
+    """As diffusers, which reads what the index lists; shards may be called anything."""
+    weights = load_file(folder / UNET_FILE)
+    change_weights(folder / UNET_FILE, lambda old: {name: w + 1 for name, w in old.items()})
+    shards = {"first.safetensors": sorted(weights)[::2], "and-more.safetensors": sorted(weights)[1::2]}
+    for file, names in shards.items():
+        save_file({name: weights[name] for name in names}, folder / "unet" / file)
+    edit(folder / "unet" / f"{STEM}.safetensors.index.json",
+         weight_map={name: file for file, names in shards.items() for name in names})
+
+
 def as_fp16_variant(folder):
     (folder / UNET_FILE).rename(folder / "unet" / f"{STEM}.fp16.safetensors")
 
@@ -190,7 +201,8 @@ def with_an_added_token(folder):
 
 
 @pytest.mark.parametrize("write", [
-    with_old_attention_names, without_the_text_encoders_prefix, in_shards, as_fp16_variant, in_whole_precision,
+    with_old_attention_names, without_the_text_encoders_prefix, in_shards, with_an_index_beside_a_stale_file,
+    as_fp16_variant, in_whole_precision,
     with_a_scheduler_that_clips, with_values_that_mean_the_same, with_parts_that_nobody_needs, with_an_added_token])
 def test_a_folder_written_otherwise_is_the_same_teacher(tiny, copy, write):
     write(copy)
@@ -235,12 +247,36 @@ def test_a_value_that_a_folder_must_not_have_is_named_with_its_file(tmp_path, pa
     (lambda file: change_weights(file, lambda old: {"conv_in.bias": old["conv_in.bias"]}), "missing conv_in.weight"),
     (lambda file: change_weights(file, lambda old: old | {"extra": torch.zeros(1)}), "unexpected extra"),
     (lambda file: change_weights(file, lambda old: old | {"conv_in.bias": torch.zeros(3)}), r"conv_in.bias is \(3,\)"),
+    (lambda file: change_weights(file, lambda old: {f"_orig_mod.{name}": w for name, w in old.items()}),
+     r"compiled module.*missing conv_in.weight; .* more; unexpected _orig_mod.up_"),
+    (lambda file: change_weights(file, lambda old: {name.replace(".to_q.", ".to_q.base_layer."): w
+                                                    for name, w in old.items()}), r"unload_lora_weights.*base_layer"),
+    (lambda file: change_weights(file, lambda old: {"a.lora_A.weight": old["conv_in.bias"]}), "are a LoRA, not a model"),
     (lambda file: file.write_bytes(file.read_bytes()[:5000]), "is not a whole safetensors file"),
+    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "Git LFS"),
+    (lambda file: file.unlink() or file.symlink_to("gone"), "is missing, and the link leads nowhere"),
+    (lambda file: file.rename(file.with_name(f"{STEM}.non_ema.safetensors")), "non_ema.*: .* another variant has to"),
+    (lambda file: file.rename(file.with_name(f"{STEM}-00002-of-00002.safetensors")), "-00001-of-00002.* is missing"),
+    (lambda file: edit(file.with_name(f"{STEM}.safetensors.index.json"), weight_map={"a": "b.safetensors"}),
+     "b.safetensors is missing"),
+    (lambda file: save_file({"a": EPS}, file.with_name(f"{STEM}-00001-of-00001.safetensors")), "are of two sets"),
     (lambda file: file.rename(file.with_name(f"{STEM}.bin")), f"only {STEM}.bin: a pickle")])
 def test_weights_that_do_not_fit_are_named(copy, change, message):
     change(copy / UNET_FILE)
     with pytest.raises(BadInput, match=f"unet.*{message}"):
         load_teacher(copy)
+
+
+@pytest.mark.parametrize("part, kind, cosine", [
+    ("", "epsilon", None), ("", "v_prediction", "0.999"), ("pixel", "v_prediction", None),
+    ("pixel", "epsilon", "0.091")])
+def test_a_network_that_predicts_something_else_than_its_config_says_is_told(tmp_path, recwarn, part, kind, cosine):
+    """By the cosine of its output for noise with that noise."""
+    folder = copy_tiny(tmp_path / "t", part)
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type=kind)
+    load_teacher(folder)
+    assert [f"prediction_type {kind}" in str(line.message) and f"cosine of {cosine}" in str(line.message)
+            for line in recwarn.list] == [True] * bool(cosine)
 
 
 def test_latents_without_an_index_are_named(tmp_path):

@@ -233,6 +233,9 @@ def export(student, args):
     write_json(out / "scheduler" / "scheduler_config.json", {**scheduler, EXPORTED: teacher.spec})
     for name, content in files.items():
         write_tensors(out / name, content, dtype)
+        lora = name == LORA
+        write_json(out / ("workflow_lora.json" if lora else "workflow.json"),
+                   workflow(student, "the_teacher.safetensors" if lora else name, LORA if lora else None))
     parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if teacher.text_encoder:
         parts |= save_text_parts(out, teacher, vae_folder, dtype)
@@ -241,12 +244,40 @@ def export(student, args):
     return pipeline, error
 
 
-# ---------------------------------------------------------------------------------------------------------- card
+# ------------------------------------------------------------------------------------------------ workflows, card
+def image_size(teacher):
+    """(height, width) of a teacher's images, in pixels."""
+    levels = len(read_json(teacher.folder / "vae" / "config.json")["block_out_channels"]) if teacher.vae else 1
+    return [side * 2 ** (levels - 1) for side in teacher.shape[1:]]
+
+
+def sigma_max(student):
+    """The noise level at which a student's step begins, as other programs measure it: noise over signal."""
+    return min(student.teacher.schedule.lam(student.input_time).exp().item(), 4096)             # diffusers' infinity
+
+
+def workflow(student, checkpoint, lora=None):
+    """A ComfyUI workflow in its API format, for a checkpoint and, if there is one, a LoRA of the teacher."""
+    nodes, teacher = read_json(Path(__file__).parent / "workflow.json"), student.teacher
+    height, width = image_size(teacher)
+    changes = {"1": {"ckpt_name": checkpoint}, "3": {"text": training_prompts(teacher)[0]},
+               "2": {"sampling": teacher.schedule.prediction.replace("epsilon", "eps")},
+               "5": {"width": width, "height": height}, "7": {"sigma_max": sigma_max(student)}}
+    if lora:
+        changes["2"]["model"] = ["11", 0]
+        nodes["11"] = {"class_type": "LoraLoaderModelOnly", "inputs": {
+            "model": ["1", 0], "lora_name": lora, "strength_model": 1.0}}
+    for number, inputs in changes.items():
+        nodes[number]["inputs"] |= inputs
+    return nodes
+
+
 def card(student, args, pipeline, error):
     """The text of an exported folder's README.md: the sections of card.md that apply to it, filled in."""
     teacher, w, kind = student.teacher, student.pick_guidance(args.guidance), pipeline or "no pipeline"
     base = HUB[teacher.spec]["repositories"][0] if teacher.spec in HUB else teacher.spec
     lo, hi = student.guidance if student.ranged else (w, w)
+    height, width = image_size(teacher)
     rms, most = error or (0.0, 0.0)
     tag = "text-to-image" if teacher.text_encoder else "unconditional-image-generation"
     words = {
@@ -255,14 +286,16 @@ def card(student, args, pipeline, error):
         "where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
         "base": quoted(teacher.folder if is_embedded(base) else base),
         "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
+        "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
         "rank": f"rank {args.lora}" if args.lora else "the full rank",
-        "predicts": teacher.schedule.prediction.replace("epsilon", "eps"),
-        "sigma": min(teacher.schedule.lam(student.input_time).exp().item(), 4096),      # in diffusers it is infinite
+        "predicts": {"epsilon": "eps", "v_prediction": "v"}.get(teacher.schedule.prediction, ""),
+        "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
         "figures": figures(args, teacher, w)}
-    applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "limits": True,
+    applies = {"seed": pipeline, "lora": error, "single file": args.single_file,
+               "programs": error or args.single_file, "limits": True,
                f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
     _, *parts = re.split(r"<!-- (.+) -->\n", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     sections = dict(zip(parts[::2], parts[1::2]))
