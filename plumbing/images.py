@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-from pathlib import Path
 
 import torch
 from PIL import ExifTags, Image
@@ -82,7 +81,7 @@ def keep_another_students(path, about):
     Training changes a student, so nobody could make that image again. Raises BadInput for a file that is not ours."""
     weights = read_about(path).get("weights")
     if weights and weights != about.get("weights"):
-        aside = Path(path).with_stem(f"{Path(path).stem}_{weights}")
+        aside = path.with_stem(f"{path.stem}_{weights}")
         read_about(aside)                                   # not that somebody else has this name
         os.replace(path, aside)
 

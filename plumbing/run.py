@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, newest, rewind_log, save,
                                   whole_tensors)
 from plumbing.files import BadInput, out_of_memory, write_json
-from plumbing.hub import is_embedded
+from plumbing.hub import ROOT, is_embedded
 from plumbing.images import image_grid, noise, save_png, to_pil
 from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
                                 shard, together, torchrun, warn_if_busy)
@@ -362,9 +363,9 @@ class Run(contextlib.ExitStack):
         if self.done < args.steps:
             said = f"stopped at step {self.done}; the same command goes on"
         else:
-            out, kind = shlex.quote(str(args.out)), self.teacher.condition_type
-            prompt = f" --{kind} {shlex.quote(self.prompts[0])}" if kind else ""
-            said = f"the student is in {args.out / 'student'}\n  python sample.py --student {out}{prompt}"
+            line = ["python", os.path.relpath(ROOT / "sample.py"), "--student", str(args.out)]
+            line += [f"--{self.teacher.condition_type}", self.prompts[0]] * bool(self.teacher.condition_type)
+            said = f"the student is in {args.out / 'student'}\n  {shlex.join(line)}"
         if self.rank == 0:
             print(said)
 

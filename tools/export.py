@@ -14,6 +14,7 @@ ends at the input time, so one step with trailing spacing begins there. README.m
 import copy
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -334,7 +335,7 @@ def push(folder, repo, private):
         status = getattr(getattr(error, "response", None), "status_code", None)
         why = "log in with `hf auth login`, by a token that may write there, or set HF_TOKEN"
         raise BadInput(f"{repo} can't be written ({why if status in (401, 403) else error}); "
-                       f"{folder} is whole, and the same upload is `hf upload {repo} {folder}`") from None
+                       f"{folder} is whole: `hf upload {repo} {shlex.quote(str(folder))}` tries again") from None
     print(info.commit_url)
 
 
