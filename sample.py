@@ -128,10 +128,9 @@ class Job(NamedTuple):
 def slug(text, most=60):
     """A text as the beginning of a file's name, with underscores between its words. If the text can't be told from
     that, because it is longer or has other characters, a few digits of its hash follow. So two texts have two slugs."""
-    short = re.sub(r"[^\w-]+", "_", text.lower())[:most].strip("_")
-    if short.replace("_", " ") == text:
-        return f"{short}_" * bool(text)
-    return f"{short}+{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=4).hexdigest()}_"
+    short = re.sub(r"[^\w-]+", "_", text.lower()).encode()[:most].decode(errors="ignore").strip("_")
+    digits = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return "" if not text else f"{short}_" if short.replace("_", " ") == text else f"{short}+{digits}_"
 
 
 def list_jobs(num, seeds, prompts, scales):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from model import VAE, TextEncoder, TinyVAE, UNet
 from plumbing.configs import read_schedule
-from plumbing.files import (NOT_OURS, BadInput, check_new, command, new_parser, read_json, read_text, user_path,
+from plumbing.files import (NOT_OURS, BadInput, check_new, command, new_parser, read_json, user_path,
                             write_file, write_json)
 from plumbing.hub import TINY
 from plumbing.processes import pick_device
@@ -109,7 +109,6 @@ def fit(name, modules, loss, args, lr, batch, combinations=COMBINATIONS):
     AdamW, warm-up, cosine to zero. Resumes from WORK/NAME.pt (delete it to train anew). The batch of a step depends on
     (seed, step) alone, so an interrupted run ends where an uninterrupted one does."""
     steps, path, start = getattr(args, f"{name}_steps"), args.work / f"{name}.pt", 0
-    train = read_split(args.data, "train")
     params = [p for m in modules for p in m.to(args.device).parameters()]
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -117,11 +116,12 @@ def fit(name, modules, loss, args, lr, batch, combinations=COMBINATIONS):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             start = state["step"]
+            for tensor, saved in zip([*params, *average], [*state["params"], *state["average"]], strict=True):
+                tensor.data.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
         except Exception as error:                          # a pickle may hold anything
             raise BadInput(f"{path} {NOT_OURS} ({error})") from None
-        for tensor, saved in zip([*params, *average], [*state["params"], *state["average"]], strict=True):
-            tensor.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
+    train = read_split(args.data, "train")
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)):
         rng = torch.Generator().manual_seed(args.seed * 10**9 + step)
         images, labels = draw_batch(train, batch, rng, combinations)
@@ -185,7 +185,6 @@ def make_tokenizer(args):
     vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     write_json(args.out / "tokenizer" / "vocab.json", {symbol: k for k, symbol in enumerate(vocabulary)})
     write_lines(args.out / "tokenizer" / "merges.txt", ["#version: 0.2", *map(" ".join, merges)])
-    write_lines(args.out / "prompts.txt", PROMPTS)
 
 
 def write_lines(path, lines):
@@ -353,8 +352,10 @@ def main():
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    if not (args.out / "prompts.txt").exists() or read_text(args.out / "prompts.txt").splitlines() != PROMPTS:
+    prompts = args.out / "prompts.txt"
+    if not prompts.exists() or prompts.read_bytes().splitlines() != [line.encode() for line in PROMPTS]:
         check_new(args.out)                                 # a folder that is ours has these prompts
+    write_lines(prompts, PROMPTS)
     args.work.mkdir(parents=True, exist_ok=True)
     for name, stage in STAGES.items():
         if name in args.stages:

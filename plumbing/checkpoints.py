@@ -61,7 +61,7 @@ def lock(out):
 def check_folder(out):
     """Raise BadInput if the folder has files under the names of a run's that no run has written: there is neither a
     checkpoint nor a config.json of train.py's."""
-    for path in (out / "config.json", *(folder / INFO for folder in checkpoints(out).values())):
+    for path in (out / "config.json", out / "student" / "student.json", *out.glob(f"state/step_*/{INFO}")):
         with contextlib.suppress(BadInput):
             if {"fingerprint", "options"} & read_json(path, default={}).keys():
                 return

@@ -84,7 +84,7 @@ def user_path(text):
 
 def user_spec(text):
     """The name, hub id or folder that a person writes, where ~ is a home folder. Raises BadInput."""
-    return str(user_path(text)) if text.startswith("~") else text
+    return str(user_path(text)) if text.startswith("~") else text if Path(text).is_dir() else text.rstrip("/")
 
 
 def check_new(path):

@@ -29,21 +29,21 @@ HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
 CONVERT = "python -c \"from diffusers import {} as P; P.{}('{}').save_pretrained('DIR')\""
 # The files beside the weights of which a teacher or a student is made
 SMALL = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json",
-         "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "student.json", "prompts.txt")
+         "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "student.json", "prompts.txt",
+         ".index.json", ".index.fp16.json")
 
 
 def is_embedded(spec):
     """Whether spec, a name or a folder, is a teacher that comes with this code."""
-    return str(spec).rstrip("/") in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
+    return str(spec) in EMBEDDED or Path(spec).resolve() in EMBEDDED.values()
 
 
 def resolve(spec):
     """(folder, spec) of a name, a hub id, or a folder; a name or an id may end in @REVISION. The spec
     returned means the same from any working directory. Raises BadInput, one sentence."""
-    spec = str(spec)
-    if spec.endswith("/") and Path(spec).is_dir():          # a folder, even if it has the name of a teacher
+    if str(spec).endswith("/") and Path(spec).is_dir():     # a folder, even if it has the name of a teacher
         return find(spec)
-    spec = spec.rstrip("/")
+    spec = str(spec).rstrip("/")
     if spec in {*EMBEDDED, *HUB} and Path(spec).is_dir() and Path(spec).resolve() not in EMBEDDED.values():
         warnings.warn(f"{spec} is taken for the teacher of this name, not for the folder ./{spec}: for that, write "
                       f"./{spec}", stacklevel=2)
@@ -128,7 +128,7 @@ def fetch(repo, revision=None):
 
 def needed(names, read):
     """Which of a repository's files a teacher or a student is made of. `read`: see choose_weights."""
-    files = [name for name in names if name.count("/") < 2 and (name.rpartition("/")[2] in SMALL or ".index." in name)]
+    files = [name for name in names if name.count("/") < 2 and name.endswith(SMALL)]
     for stem in (STEM, f"unet/{STEM}", f"vae/{STEM}", f"student/{STEM}", "text_encoder/model"):
         files += choose_weights(names, stem, read)          # by stem: some repositories also have all in one file
     return files

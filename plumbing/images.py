@@ -88,6 +88,5 @@ def keep_another_students(path, about):
 
 def is_made(path, about):
     """Whether a file is the image that `about` describes. Raises BadInput for one that is not ours."""
-    wanted = text_chunks(about)
-    del wanted["student"]                                   # its folder may have moved; the weights are what counts
+    wanted = text_chunks({key: about[key] for key in about if key != "student"})        # whose folder may have moved
     return wanted.items() <= read_about(path).items()

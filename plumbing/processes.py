@@ -149,10 +149,10 @@ class Stop:
                 signal.signal(number, self)
 
     def listen(self, ear):
-        """End this process at the second Ctrl-C, even while it waits for the others."""
-        for _ in range(2):
-            while os.read(ear, 1)[0] != signal.SIGINT:
-                pass
+        """End this process at a Ctrl-C that is not the first signal, even while it waits for the others."""
+        os.read(ear, 1)
+        while os.read(ear, 1)[0] != signal.SIGINT:
+            pass
         time.sleep(1)                                       # for the handler, if nothing keeps it
         os._exit(130)
 

@@ -20,7 +20,7 @@ def read_prompts(path):
     if Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
         raise BadInput(f"{path} is not read as {Path(path).suffix}: give a plain text file, one prompt a line")
     lines = read_text(path).split("\n")                      # other separators belong to the prompt
-    prompts = [line.strip(" \t") for line in lines if line.strip() and not line.startswith("#")]
+    prompts = [line.strip(" \t") for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:
         raise BadInput(f"{path} holds no prompt; it takes one a line")
     return prompts

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -68,6 +69,8 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.args = args
         self.rank, self.world, local_rank = torchrun()
+        if self.rank == 0:
+            check_folder(args.out)                          # now, and not after a download
         self.device = pick_device(args.device, local_rank)
         self.local_batch, self.micro_batch = split_batch(args, self.world, self.device)
         args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
@@ -93,7 +96,6 @@ class Run(contextlib.ExitStack):
                          "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
         found = 0, None, self.options
         if self.rank == 0:
-            check_folder(args.out)
             if not args.dry_run:
                 self.enter_context(lock(args.out))
             start, folder, saved = newest(args.out)
@@ -328,36 +330,34 @@ class Run(contextlib.ExitStack):
         """samples/step_N.png: the teacher's samples, in 50 steps, above the student's. Noises and prompts are the same
         all along. Every process makes samples; otherwise the others would wait for rank 0."""
         teacher, w = self.teacher, self.ema.pick_guidance()
-        if self.teacher_row is None:
-            grid = teacher.schedule.grid(min(50, teacher.schedule.T))
-            self.teacher_row = self.make_samples(functools.partial(teacher.solve, grid=grid, w=w))
-        student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
-        if self.rank == 0 and self.teacher_row and student_row:
-            sheet = image_grid([self.teacher_row, student_row], 96)
-            save_png(self.args.out / "samples" / f"step_{self.done}.png", sheet, {})
+        grid = teacher.schedule.grid(min(50, teacher.schedule.T))
+        try:
+            self.teacher_row = self.teacher_row or self.make_samples(functools.partial(teacher.solve, grid=grid, w=w))
+            student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
+            if self.rank == 0:
+                sheet = image_grid([self.teacher_row, student_row], 96)
+                save_png(self.args.out / "samples" / f"step_{self.done}.png", sheet, {})
+        except BadInput as error:                           # such as an image that is not finite
+            warnings.warn(f"no samples: {error}", stacklevel=2)         # which is no reason to end a run
 
     @torch.no_grad()
     def make_samples(self, sampler):
-        """PIL images of a sampler, callable (eps, **condition) -> latents. If one is not finite, warns and returns [],
-        because that is no reason to end a run."""
+        """PIL images of a sampler, callable (eps, **condition) -> latents. Raises BadInput if one is not finite."""
         num, images = self.args.samples, []
         eps = noise(range(num), self.teacher.shape).to(self.device)
         condition = self.teacher.encode([self.prompts[k * len(self.prompts) // num] for k in range(num)])
         for first in range(0, num, self.micro_batch):
             rows = slice(first, first + self.micro_batch)
-            try:
-                with self.autocast():
-                    latents = sampler(eps[rows], **{name: c[rows] for name, c in condition.items()})
-                    images += to_pil(self.teacher.decode(latents, range(first, first + len(latents))))
-            except BadInput as error:
-                warnings.warn(f"no samples: {error}", stacklevel=2)
-                return []
+            with self.autocast():
+                latents = sampler(eps[rows], **{name: c[rows] for name, c in condition.items()})
+                images += to_pil(self.teacher.decode(latents, range(first, first + len(latents))))
         return images
 
     # ---------------------------------------------------------------------------------------------------- the end
     def finish(self):
         """Leave the other processes, and say how it goes on."""
         args, self.interrupted = self.args, self.stop.interrupted
+        signal.set_wakeup_fd(-1)                            # from here on Ctrl-C is Python's again
         if self.world > 1:
             dist.destroy_process_group()
         if self.done < args.steps:

@@ -32,9 +32,7 @@ def open_tensors(path):
             yield file
     except (SafetensorError, OSError) as error:
         why = f"is not a whole safetensors file: {error}"
-        if not Path(path).exists():
-            why = "is missing" + ", and the link leads nowhere" * Path(path).is_symlink()
-        elif Path(path).stat().st_size < 1000 and b"git-lfs" in Path(path).read_bytes():
+        if Path(path).stat().st_size < 1000 and b"git-lfs" in Path(path).read_bytes():
             why = "is a Git LFS pointer, not the weights: run `git lfs pull` there"
         raise BadInput(f"{path} {why}") from None
 
@@ -114,16 +112,17 @@ def choose_weights(names, stem, read):
     for variant in ("", ".fp16"):
         index, whole = f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors"
         if index in names:
-            with parsing(index):
-                listed = {Path(stem).with_name(Path(name).name) for name in read(index)["weight_map"].values()}
-                return sorted(map(str, listed))
-        found = [re.fullmatch(rf"{re.escape(stem)}({variant})?-\d+-of-(\d+)({variant})?\.safetensors", name)
-                 for name in sorted(names)]
-        sets = {match[2]: match[0] for match in found if match} | ({"": whole} if whole in names else {})
-        if len(sets) > 1:
-            raise ValueError(f"{' and '.join(sets.values())} are of two sets of weights: move one away")
-        for num, name in sets.items():                      # all shards of this number, those that are missing too
-            return [re.sub(r"\d+-of", f"{k:05}-of", name) for k in range(1, int(num or 0) + 1)] or [name]
+            listed = {str(Path(stem).parent / name) for name in read(index)["weight_map"].values()}
+            return sorted(listed) or [f"{index} lists nothing"]
+        shard = re.compile(rf"({re.escape(stem)}(?:{variant})?-)(\d+)(-of-(\d+)(?:{variant})?\.safetensors)")
+        sets = {(match[1], match[3]): match for name in sorted(names) if (match := shard.fullmatch(name))}
+        if len(sets) + (whole in names) > 1:
+            found = [whole] * (whole in names) + [match[0] for match in sets.values()]
+            raise ValueError(f"{' and '.join(found)} are of two sets of weights: move one away")
+        for match in sets.values():                         # all shards of this number, those that are missing too
+            return [f"{match[1]}{k:0{len(match[2])}}{match[3]}" for k in range(1, int(match[4]) + 1)]
+        if whole in names:
+            return [whole]
     return []
 
 
@@ -132,12 +131,14 @@ def weight_files(folder, stem=STEM):
     names = [path.name for path in folder.glob("*")]
     with parsing(folder):
         files = choose_weights(names, stem, lambda index: read_json(folder / index))
-    for name in files or [f"{stem}.safetensors"]:
-        if name not in names:
-            others = [other for other in names if other.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
-            said = (f", and there is only {', '.join(others)}: a pickle can run code and is refused, another variant "
-                    "has to be renamed or saved without `variant`") * bool(others)
-            raise BadInput(f"{folder / name} is missing{said}")
+    for name in files:
+        if not (folder / name).exists():
+            raise BadInput(f"{folder / name} is missing, or a link that leads nowhere: download it again")
+    if not files:
+        others = [name for name in names if name.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
+        said = (f", and there is only {', '.join(others)}: a pickle can run code and is refused, another variant "
+                "has to be renamed or saved without `variant`") * bool(others)
+        raise BadInput(f"{folder / stem}.safetensors is missing{said}")
     return [folder / name for name in files]
 
 

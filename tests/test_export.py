@@ -232,13 +232,20 @@ def test_workflows_are_written_for_the_single_file_and_the_lora(call, tmp_path):
 def test_an_export_is_pushed_to_the_hub_or_the_error_says_what_to_do(call, tmp_path, hub, monkeypatch):
     """The upload is the client's own; what it is told is tested, and what follows where the hub refuses it."""
     told, api = [], tools.export.HfApi
+    there = [".gitattributes"]
     monkeypatch.setattr(tools.export, "HfApi", lambda: SimpleNamespace(
-        create_repo=lambda repo, **rest: told.append((repo, rest["private"])),
+        create_repo=lambda repo, **rest: told.append((repo, rest["private"])), list_repo_files=lambda repo: there,
         upload_folder=lambda **rest: told.append(rest) or SimpleNamespace(commit_url="me/boot/commit/1")))
     printed = export(call, tmp_path / "x", TINY / "student", "--push", "me/boot", "--private")
     assert told[0] == ("me/boot", True) and "me/boot/commit" in printed
     assert told[1]["repo_id"] == "me/boot" and told[1]["folder_path"] == tmp_path / "x"
     assert 'from_pretrained("me/boot"' in (tmp_path / "x" / "README.md").read_text()
+    there.append("model_index.json")                        # somebody's, and then an older export
+    for text, expected in ("{}", 2), ('{"_student_of": "tiny"}', 0):
+        (tmp_path / "theirs").write_text(text)
+        monkeypatch.setattr(tools.export, "hf_hub_download", lambda *_: tmp_path / "theirs")
+        code, _, error = call("tools.export", "--out", tmp_path / text[:1] / str(expected), "--push", "me/boot")
+        assert code == expected and (not code or "has files that tools.export did not write" in error), error
     monkeypatch.setattr(tools.export, "HfApi", api)
     monkeypatch.setattr("fake_hub.Handler.do_POST", lambda self: self.answer(403), raising=False)
     code, _, error = call("tools.export", "--out", tmp_path / "y", "--push", "me/boot")

@@ -14,7 +14,7 @@ import pytest
 
 import plumbing.hub
 from conftest import TINY, edit
-from plumbing.files import BadInput
+from plumbing.files import BadInput, user_spec
 from plumbing.hub import is_embedded, needed, resolve
 from plumbing.weights import STEM, WEIGHTS
 from student import load_student
@@ -128,10 +128,11 @@ def test_names_folders_and_hub_ids_are_understood(hub, tmp_path, monkeypatch):
     hub.fail["/"] = 503
     assert resolve(f"{TINY}/pixel/") == resolve(TINY / "pixel")
     monkeypatch.chdir(tmp_path)
-    assert resolve("tiny/") == resolve("tiny") and is_embedded("tiny/")
+    assert resolve("tiny/") == resolve("tiny") and user_spec("tiny/") == "tiny" and is_embedded("tiny")
     for name in ("sd21", "tiny"):                           # folders, though these are names
         (tmp_path / name).mkdir()
         assert resolve(f"{name}/")[0].resolve() == resolve(f"./{name}")[0].resolve() == tmp_path / name
+        assert user_spec(f"{name}/") == f"{name}/" and not is_embedded(f"{name}/")
     with pytest.warns(UserWarning, match="tiny is taken for the teacher of this name, not for the folder ./tiny"):
         assert resolve("tiny")[0] == TINY
 

@@ -254,11 +254,12 @@ def test_a_value_that_a_folder_must_not_have_is_named_with_its_file(tmp_path, pa
     (lambda file: change_weights(file, lambda old: {"a.lora_A.weight": old["conv_in.bias"]}), "are a LoRA, not"),
     (lambda file: file.write_bytes(file.read_bytes()[:5000]), "is not a whole safetensors file"),
     (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "Git LFS"),
-    (lambda file: file.unlink() or file.symlink_to("gone"), "is missing, and the link leads nowhere"),
+    (lambda file: file.unlink() or file.symlink_to("gone"), "is missing, or a link that leads nowhere"),
     (lambda file: file.rename(file.with_name(f"{STEM}.non_ema.safetensors")), "non_ema.*: .* another variant has to"),
     (lambda file: file.rename(file.with_name(f"{STEM}-00002-of-00002.safetensors")), "-00001-of-00002.* is missing"),
     (lambda file: edit(file.with_name(f"{STEM}.safetensors.index.json"), weight_map={"a": "b.safetensors"}),
      "b.safetensors is missing"),
+    (lambda file: edit(file.with_name(f"{STEM}.safetensors.index.json"), weight_map={}), "index.json lists nothing"),
     (lambda file: save_file({"a": EPS}, file.with_name(f"{STEM}-00001-of-00001.safetensors")), "are of two sets"),
     (lambda file: file.rename(file.with_name(f"{STEM}.bin")), f"only {STEM}.bin: a pickle")])
 def test_weights_that_do_not_fit_are_named(copy, change, message):

@@ -56,7 +56,7 @@ def test_lines_of_a_prompt_file_end_at_newlines_only(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.csv", "p.JSON"])
 def test_comments_are_left_out_and_files_of_other_kinds_refused(tmp_path, name):
-    (tmp_path / "p.txt").write_text("# a comment\na #1 fan\n#b\n")
+    (tmp_path / "p.txt").write_text("# a comment\na #1 fan\n  #b\n")
     assert read_prompts(tmp_path / "p.txt") == ["a #1 fan"]
     (tmp_path / name).write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=f"{name} is not read .*: give a plain text file, one prompt a line"):

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 
 from model import UNet, guidance_sinusoid
 from plumbing.configs import read_schedule, target_slot
-from plumbing.files import (BadInput, check_new, command, new_parser, read_json, user_path, user_spec, write_file,
-                            write_json)
+from plumbing.files import (BadInput, check_new, command, new_parser, read_json, read_text, user_path, user_spec,
+                            write_file, write_json)
 from plumbing.hub import HUB, SMALL, TINY, find, is_embedded
 from plumbing.images import noise
 from plumbing.layout import EXPORTED, part_folder
@@ -138,10 +138,10 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
     """(lora, made), both {name: tensor}: a LoRA for the teacher's network, and the weights that result from it. At full
     rank they make the student's images. `tensors`: the student's, folded. `rank`: of all matrices, because programs
     disagree about LoRAs with several ranks; 0 is the full one. `dtype`: of the file.
-    Programs look for layers in resnets and attentions, and not all of them elsewhere. So the time's embedding stays the
-    teacher's, and what it lacks goes to the resnets' time_emb_proj. The input time is fixed, so each of these gets one
-    vector: h from the teacher's embedding, h' from the student's. A change of rank one makes W h into W' h'. The first
-    and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
+    Programs look for layers in resnets, attentions and samplers, and not all of them elsewhere. So the time's embedding
+    stays the teacher's, and what it lacks goes to the resnets' time_emb_proj. The input time is fixed, so each of these
+    gets one vector: h from the teacher's embedding, h' from the student's. A change of rank one makes W h into W' h'.
+    The first and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
@@ -262,7 +262,7 @@ def workflow(student, checkpoint, lora=None):
     nodes, teacher = read_json(Path(__file__).parent / "workflow.json"), student.teacher
     height, width = image_size(teacher)
     changes = {"1": {"ckpt_name": checkpoint}, "3": {"text": training_prompts(teacher)[0]},
-               "2": {"sampling": teacher.schedule.prediction.replace("epsilon", "eps")},
+               "2": {"sampling": {"epsilon": "eps", "sample": "x0"}.get(teacher.schedule.prediction, "v_prediction")},
                "5": {"width": width, "height": height}, "7": {"sigma_max": sigma_max(student)}}
     if lora:
         changes["2"]["model"] = ["11", 0]
@@ -276,7 +276,8 @@ def workflow(student, checkpoint, lora=None):
 def card(student, args, pipeline, error):
     """The text of an exported folder's README.md: the sections of card.md that apply to it, filled in."""
     teacher, w, kind = student.teacher, student.pick_guidance(args.guidance), pipeline or "no pipeline"
-    base = HUB[teacher.spec]["repositories"][0] if teacher.spec in HUB else teacher.spec
+    base, _, revision = teacher.spec.partition("@")
+    base = HUB[base]["repositories"][0] if base in HUB else base
     lo, hi = student.guidance if student.ranged else (w, w)
     height, width = image_size(teacher)
     rms, most = error or (0.0, 0.0)
@@ -285,12 +286,12 @@ def card(student, args, pipeline, error):
         "name": args.out.resolve().name, "teacher": teacher.spec, "w": w, "lo": lo, "hi": hi,
         "pipeline_tag": f"\npipeline_tag: {tag}" if pipeline else "",
         "where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
-        "base": quoted(teacher.folder if is_embedded(base) else base),
-        "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
-        "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
+        "base": quoted(teacher.folder if is_embedded(base) else base)
+                + f", revision={quoted(revision)}" * bool(revision),
+        "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32", "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
         "rank": f"rank {args.lora}" if args.lora else "the full rank",
-        "predicts": {"epsilon": "eps", "v_prediction": "v"}.get(teacher.schedule.prediction, ""),
+        "predicts": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[teacher.schedule.prediction],
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
@@ -327,10 +328,15 @@ def quoted(text):
 
 
 def push(folder, repo, private):
-    """Upload a folder to the hub, as a commit. Raises BadInput."""
+    """Upload a folder to the hub, as a commit. Raises BadInput, also for a repository with files of somebody else's."""
     try:
         HfApi().create_repo(repo, exist_ok=True, private=private)
+        there = set(HfApi().list_repo_files(repo)) - {".gitattributes", "README.md"}        # which new ones may have
+        if there and EXPORTED not in read_text(hf_hub_download(repo, "scheduler/scheduler_config.json")):
+            raise BadInput(f"{repo} has files that tools.export did not write, and is left alone: give a new name")
         info = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="One-step student, by BOOT")
+    except BadInput:
+        raise
     except Exception as error:                              # the client raises whatever its HTTP library does
         status = getattr(getattr(error, "response", None), "status_code", None)
         why = "log in with `hf auth login`, by a token that may write there, or set HF_TOKEN"
