@@ -129,7 +129,7 @@ def slug(text, most=60):
     """A text as the beginning of a file's name, with underscores between its words. If the text can't be told from
     that, because it is longer or has other characters, a few digits of its hash follow. So two texts have two slugs."""
     short = re.sub(r"[^\w-]+", "_", text.lower()).encode()[:most].decode(errors="ignore").strip("_")
-    digits = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    digits = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     return "" if not text else f"{short}_" if short.replace("_", " ") == text else f"{short}+{digits}_"
 
 
@@ -209,8 +209,8 @@ def main():
         if is_file or args.grid:
             save_sheet(sheet, folder, jobs, across, 96 * args.grid, about)
     if rank == 0:                                           # last, because somebody may have closed the output
-        written = [] if is_file else [f"{args.out / job.file}  {job.prompt}" for job in jobs]
-        written += [sheet] if is_file or args.grid else []
+        written = [f"{args.out / job.file}  {job.prompt}" for job in jobs if not is_file]
+        written += [sheet] * (is_file or args.grid)
         print("\n".join(map(str, written)) if len(written) <= FEW else f"{len(jobs)} images in {args.out}")
 
 

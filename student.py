@@ -13,7 +13,7 @@ from model import UNet
 from plumbing.configs import Number, check, target_slot
 from plumbing.files import BadInput, parsing, read_json, write_json
 from plumbing.hub import TINY, find, resolve
-from plumbing.layout import fingerprint
+from plumbing.layout import EXPORTED, fingerprint
 from plumbing.weights import WEIGHTS, build, load_module, read_tensors, weight_files, write_tensors
 from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
@@ -146,7 +146,9 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     folder = folder / "student" if (folder / "student" / "student.json").exists() else folder
     path = folder / "student.json"
     if not path.exists():
-        raise BadInput(f"{folder} holds no student (no student.json): give the folder that train.py wrote")
+        exported = EXPORTED in read_json(folder / "scheduler" / "scheduler_config.json", default={})
+        kind = "a student for other programs, by tools.export" if exported else "no student (no student.json)"
+        raise BadInput(f"{folder} holds {kind}: give the folder that train.py wrote")
     info = read_json(path)
     with parsing(path):
         spec, negative_prompt = str(info["teacher"]), str(info["negative_prompt"])

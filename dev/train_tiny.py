@@ -353,7 +353,7 @@ def main():
     args = parser.parse_args()
     args.device = pick_device(args.device)
     prompts = args.out / "prompts.txt"
-    if not prompts.exists() or prompts.read_bytes().splitlines() != [line.encode() for line in PROMPTS]:
+    if not prompts.exists() or prompts.read_bytes() != "".join(f"{line}\n" for line in PROMPTS).encode():
         check_new(args.out)                                 # a folder that is ours has these prompts
     write_lines(prompts, PROMPTS)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def lock(out):
         stack.callback(holder.unlink, missing_ok=True)
         write_file(holder, lambda path: path.write_text(
             f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},"))
-        for path in state.glob("step_*.new"):
+        for path in state.glob("step_*[0-9].new"):
             shutil.rmtree(path, ignore_errors=True)
         yield
 
@@ -63,9 +63,11 @@ def check_folder(out):
     checkpoint nor a config.json of train.py's."""
     for path in (out / "config.json", out / "student" / "student.json", *out.glob(f"state/step_*/{INFO}")):
         with contextlib.suppress(BadInput):
-            if {"fingerprint", "options"} & read_json(path, default={}).keys():
+            keys = read_json(path, default={}).keys()
+            if {"fingerprint", "teacher"} <= keys or {"options", "files"} <= keys:
                 return
-    for path in itertools.chain(*map(out.glob, ("config.json", "log.jsonl", "samples", "student", "state/[!.]*"))):
+    paths = [out / name for name in ("config.json", "log.jsonl", "samples", "student")] + [*out.glob("state/[!.]*")]
+    for path in filter(os.path.lexists, paths):             # also a link that leads nowhere
         raise BadInput(f"{path} {NOT_OURS}")
 
 
@@ -187,7 +189,7 @@ def save(out, step, state, network, options, write_student, rank=0, world=1, gro
             folder.rename(final)
     if rank == 0:
         write_student(tensors)
-        for old in list(checkpoints(out).values())[2:]:
+        for old in [folder for folder in checkpoints(out).values() if (folder / INFO).exists()][2:]:
             shutil.rmtree(old, ignore_errors=True)
     if world > 1:
         dist.barrier(group)

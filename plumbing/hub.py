@@ -44,7 +44,8 @@ def resolve(spec):
     if str(spec).endswith("/") and Path(spec).is_dir():     # a folder, even if it has the name of a teacher
         return find(spec)
     spec = str(spec).rstrip("/")
-    if spec in {*EMBEDDED, *HUB} and Path(spec).is_dir() and Path(spec).resolve() not in EMBEDDED.values():
+    named = spec.partition("@")[0] in {*EMBEDDED, *HUB}
+    if named and Path(spec).is_dir() and Path(spec).resolve() not in EMBEDDED.values():
         warnings.warn(f"{spec} is taken for the teacher of this name, not for the folder ./{spec}: for that, write "
                       f"./{spec}", stacklevel=2)
     if spec in EMBEDDED:

@@ -79,14 +79,15 @@ def read_about(path):
 def keep_another_students(path, about):
     """Rename the image at this path if it is of other weights than `about` says: they are in its name from now on.
     Training changes a student, so nobody could make that image again. Raises BadInput for a file that is not ours."""
-    weights = read_about(path).get("weights")
-    if weights and weights != about.get("weights"):
-        aside = path.with_stem(f"{path.stem}_{weights}")
-        read_about(aside)                                   # not that somebody else has this name
+    there = read_about(path)
+    if there.get("weights", about.get("weights")) != about.get("weights"):
+        aside = path.with_stem(f"{path.stem}_{there['weights']}")
+        while read_about(aside) not in ({}, there):         # which it has made otherwise, say with --refine
+            aside = aside.with_stem(f"{aside.stem}_")
         os.replace(path, aside)
 
 
 def is_made(path, about):
-    """Whether a file is the image that `about` describes. Raises BadInput for one that is not ours."""
-    wanted = text_chunks({key: about[key] for key in about if key != "student"})        # whose folder may have moved
-    return wanted.items() <= read_about(path).items()
+    """Whether a file is the image that `about` describes, wherever the student's folder is now. Raises BadInput for one
+    that is not ours."""
+    return text_chunks({key: about[key] for key in about if key != "student"}).items() <= read_about(path).items()

@@ -54,8 +54,7 @@ def read_scheduler(folder):
         raise BadInput(f"{folder} holds {found}: there is no {path.relative_to(folder)}")
     config = read_json(path)
     if EXPORTED in config:
-        raise BadInput(f"{folder} is a student that tools.export wrote for other programs, not a teacher: "
-                       f"its teacher is {config[EXPORTED]}")
+        raise BadInput(f"{folder} is a student that tools.export wrote, not a teacher: that is {config[EXPORTED]}")
     with parsing(path):
         # If a config omits clip_sample, the DDPM and DDIM schedulers clip and the others don't.
         clips = config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")

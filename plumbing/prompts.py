@@ -17,7 +17,7 @@ FEW = 2**11         # so many prompts, or fewer, are encoded once
 
 def read_prompts(path):
     """The lines of a UTF-8 prompt file, but for blank ones and comments, which begin with #. Raises BadInput."""
-    if Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
+    if Path(path).suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
         raise BadInput(f"{path} is not read as {Path(path).suffix}: give a plain text file, one prompt a line")
     lines = read_text(path).split("\n")                      # other separators belong to the prompt
     prompts = [line.strip(" \t") for line in lines if line.strip() and not line.strip().startswith("#")]

@@ -25,7 +25,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -333,10 +332,9 @@ class Run(contextlib.ExitStack):
         grid = teacher.schedule.grid(min(50, teacher.schedule.T))
         try:
             self.teacher_row = self.teacher_row or self.make_samples(functools.partial(teacher.solve, grid=grid, w=w))
-            student_row = self.make_samples(functools.partial(self.ema, t=0, w=w))
+            rows = [self.teacher_row, self.make_samples(functools.partial(self.ema, t=0, w=w))]
             if self.rank == 0:
-                sheet = image_grid([self.teacher_row, student_row], 96)
-                save_png(self.args.out / "samples" / f"step_{self.done}.png", sheet, {})
+                save_png(self.args.out / "samples" / f"step_{self.done}.png", image_grid(rows, 96), {})
         except BadInput as error:                           # such as an image that is not finite
             warnings.warn(f"no samples: {error}", stacklevel=2)         # which is no reason to end a run
 
@@ -357,7 +355,6 @@ class Run(contextlib.ExitStack):
     def finish(self):
         """Leave the other processes, and say how it goes on."""
         args, self.interrupted = self.args, self.stop.interrupted
-        signal.set_wakeup_fd(-1)                            # from here on Ctrl-C is Python's again
         if self.world > 1:
             dist.destroy_process_group()
         if self.done < args.steps:

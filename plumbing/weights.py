@@ -112,7 +112,8 @@ def choose_weights(names, stem, read):
     for variant in ("", ".fp16"):
         index, whole = f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors"
         if index in names:
-            listed = {str(Path(stem).parent / name) for name in read(index)["weight_map"].values()}
+            with parsing(index):
+                listed = {str(Path(stem).parent / name) for name in read(index)["weight_map"].values()}
             return sorted(listed) or [f"{index} lists nothing"]
         shard = re.compile(rf"({re.escape(stem)}(?:{variant})?-)(\d+)(-of-(\d+)(?:{variant})?\.safetensors)")
         sets = {(match[1], match[3]): match for name in sorted(names) if (match := shard.fullmatch(name))}

@@ -128,6 +128,15 @@ def test_what_this_project_did_not_write_is_never_replaced(script, bad, line, na
             shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "samples", "student"])
+def test_a_link_that_leads_nowhere_is_somebodys_too(script, bad, name):
+    (bad / "out").mkdir()
+    (bad / "out" / name).symlink_to("gone")
+    code, said = script("train.py", "--teacher", "tiny-pixel", "--steps", "1", "--out", str(bad / "out"))
+    assert code == 2 and f"{name} was not made by this project" in said and [*(bad / "out").iterdir()] == [
+        bad / "out" / name]
+
+
 def test_a_teachers_folder_is_no_place_for_its_student(script, tmp_path):
     """A pixel model may lie flat in a folder."""
     flat = copy_tiny(tmp_path / "flat", "pixel")

@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_and_says_where(finished):
 
 def test_two_runs_are_bitwise_equal(call, finished, tmp_path):
     """Also after a start with other options that has saved nothing, as one that ran out of memory."""
-    write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6, "fingerprint": "0"})
+    write_json(tmp_path / "config.json", {"lr": 1e-9, "batch": 10**6, "fingerprint": "0", "teacher": "tiny"})
     assert call("train", *RUN, "--samples", 0, "--out", tmp_path)[0] == 0
     assert read_json(tmp_path / "config.json")["batch"] == 4 and not differences(finished[0], tmp_path)
     for file in ("student/config.json", "student/student.json", f"student/{WEIGHTS}"):

@@ -181,6 +181,9 @@ def test_what_another_student_has_made_is_kept(call, tiny, tmp_path):
                 assert code == 0, error
             seen.append(files(out))
         assert len(seen[1]) == 2 * len(seen[0]) and set(seen[0].values()) < set(seen[1].values())
+        for options in (("--student", TINY / "student", "--refine", 1), ("--student", tmp_path / "student")):
+            assert call(*command, *options, "--prompt", PROMPT, "--out", out)[0] == 0
+            assert set(seen[1].values()) <= set(files(out).values())
         shutil.rmtree(out)
 
 

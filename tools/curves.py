@@ -73,6 +73,8 @@ def main():
     p.add_argument("run", type=user_path, help="the folder that train.py writes, --out")
     p.add_argument("--out", type=user_path, help="the PNG file (default: curves.png in the run's folder)")
     args = p.parse_args()
+    if args.out and args.out.suffix.lower() != ".png":
+        raise BadInput(f"--out {args.out} is no .png file")
     records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
     try:
         from matplotlib.figure import Figure

@@ -378,9 +378,9 @@ def main():
         args.images = 2000 if teacher.vae is None else 5000
     check_options(args, student, w)
     out = args.json or usual_place(args.student, teacher)
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         raise BadInput(f"--json {out} is the name of the sheet of images beside it: call it .json")
-    check_ours(out, ["rows", "student"])
+    check_ours(out, ["teacher", "student", "images", "guidance", "rows"])
     read_about(out.with_suffix(".png"))                     # refuses to replace somebody's file
     evaluation = Evaluation(student, args.images, w, args.seed)
     student_images = evaluation.images(evaluation.one_step())   # first: a broken student is known before the others
@@ -412,7 +412,8 @@ def main():
     accuracy = evaluation.config["accuracy"]
     print(f"the judge is right about real test images: {', '.join(f'{k} {v:.1%}' for k, v in accuracy.items())}")
     store(write_json, out, {"teacher": teacher.spec, "student": str(args.student), "images": args.images, "guidance": w,
-                            "decoder": args.decoder, "judge": accuracy, "rows": rows}, needed=args.json is not None)
+                            "weights": student.fingerprint, "decoder": args.decoder, "judge": accuracy, "rows": rows},
+          needed=args.json is not None)
     grid = name_rows(image_grid([*sheet, student_images], 96), [f"DDIM-{k}" for k in STEPS] + ["student"])
     store(functools.partial(save_png, about={}), out.with_suffix(".png"), grid, needed=args.json is not None)
     print(f"{out} and {out.with_suffix('.png')}: rows as in the table, the same noises in every row")

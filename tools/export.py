@@ -288,14 +288,15 @@ def card(student, args, pipeline, error):
         "where": quoted(args.push or args.out.as_posix()), "prompt": quoted(training_prompts(teacher)[0]),
         "base": quoted(teacher.folder if is_embedded(base) else base)
                 + f", revision={quoted(revision)}" * bool(revision),
-        "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32", "height": height, "width": width,
+        "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
+        "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
         "rank": f"rank {args.lora}" if args.lora else "the full rank",
         "predicts": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[teacher.schedule.prediction],
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
-        "figures": figures(args, teacher, w)}
+        "figures": figures(args, teacher, student.fingerprint, w)}
     applies = {"seed": pipeline, "lora": error, "single file": args.single_file,
                "programs": error or args.single_file, "limits": True,
                f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
@@ -305,14 +306,15 @@ def card(student, args, pipeline, error):
     return "".join(sections[name] for name in chosen).format(**words)
 
 
-def figures(args, teacher, w):
+def figures(args, teacher, fingerprint, w):
     """A table of the student's rows and of the teacher's fifty steps, if tools.evaluate has left one for this scale and
     decoder in its usual place."""
     found = read_json(usual_place(args.student, teacher), default={})
-    if (found.get("guidance"), found.get("decoder")) != (w, args.decoder):
-        return "There was no evaluation.json beside the student: `python -m tools.evaluate` makes one."
+    if [found.get(key) for key in ("weights", "guidance", "decoder")] != [fingerprint, w, args.decoder]:
+        return "There was no evaluation.json of this student beside it: `python -m tools.evaluate` makes one."
     keys = ("frechet", "precision", "recall", "align_seen", "align_heldout")
-    lines = ["| sampler | passes | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
+    lines = [f"Measured on {found['images']} images.\n", f"| sampler | passes | {' | '.join(keys)} |"]
+    lines.append("|---|---|" + "---|" * len(keys))
     for row in found["rows"]:
         if row["sampler"] == "student" or row["steps"] == 50:
             limited = ", limited" if row.get("limited") else ""

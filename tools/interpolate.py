@@ -125,7 +125,7 @@ def main():
     about |= {"prompt": "\n".join(prompts), "seed": " to ".join(map(str, seeds)),
               "guidance": " to ".join(map(str, scales))}
     save_film(args.out, frames, u, about, args.grid)
-    print(args.out / "interpolation.webp")
+    print("\n".join(map(str, [args.out / "interpolation.webp", *sheet])))
 
 
 if __name__ == "__main__":
