@@ -9,6 +9,7 @@ Every module carries the name that it has in the published checkpoints, so that 
 
 import functools
 import math
+from fnmatch import fnmatch
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,32 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class LowRank:
+    """What Linear and Conv2d have in common: y = base(x) + up(down(x)) (LoRA, Hu et al. 2021, arXiv 2106.09685). In a
+    network with a lora_rank the base is frozen and the two others learn: `down`, to so many channels, and `up`. Their
+    product, of the size of the base, is never made. Without a lora_rank there is the base alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.down = self.up = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.up is None else y + self.up(self.down(x))
+
+
+class Linear(LowRank, nn.Linear):
+    def add_low_rank(self, rank):
+        self.down = nn.Linear(self.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, self.out_features, bias=False)
+
+
+class Conv2d(LowRank, nn.Conv2d):
+    def add_low_rank(self, rank):
+        self.down = nn.Conv2d(self.in_channels, rank, self.kernel_size, self.stride, self.padding, bias=False)
+        self.up = nn.Conv2d(rank, self.out_channels, 1, bias=False)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids (B, c_in) to the embedding that every resnet sees, (B, c_emb); a student's may add the guidance."""
 
@@ -71,12 +98,12 @@ class Resnet(nn.Module):
     def __init__(self, c_in, c_out, c_emb, groups, eps, scale_shift=False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.scale_shift = scale_shift
-        self.time_emb_proj = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out) if c_emb else None
+        self.time_emb_proj = Linear(c_emb, 2 * c_out if scale_shift else c_out) if c_emb else None
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x)))                                   # (B, c_out, h, w)
@@ -99,7 +126,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, padding):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
@@ -110,7 +137,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
         size = size or [2 * n for n in x.shape[2:]]
@@ -129,10 +156,10 @@ class Attention(nn.Module):
     def __init__(self, channels, context, heads):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context, channels, bias=False)
-        self.to_v = nn.Linear(context, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context, channels, bias=False)
+        self.to_v = Linear(context, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x, context):
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
@@ -145,8 +172,8 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.group_norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x, text=None):
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")                           # (B, N, C)
@@ -159,7 +186,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels, hidden):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, -1)
@@ -177,7 +204,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, c_text, heads)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = nn.Module()                   # its published list has a dropout of zero in the middle
-        self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.ff.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x, text):
         h = self.norm1(x)                                                       # (B, N, C)
@@ -192,9 +219,9 @@ class Transformer(nn.Module):
     def __init__(self, channels, heads, depth, c_text, groups, linear):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, c_text) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def forward(self, x, text):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")                     # (B, N, C)
@@ -207,7 +234,10 @@ class Transformer(nn.Module):
 
 def project(layer, z):
     """A linear layer (SD 2.x) or a 1x1 convolution (SD 1.x) on z (B, N, C): one product, two shapes of the weight."""
-    return F.linear(z, layer.weight.flatten(1), layer.bias)
+    y = F.linear(z, layer.weight.flatten(1), layer.bias)
+    if layer.up is None:
+        return y
+    return y + F.linear(F.linear(z, layer.down.weight.flatten(1)), layer.up.weight.flatten(1))
 
 
 class Block(nn.Module):
@@ -337,6 +367,10 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
         self.conv_out = nn.Conv2d(channels[0], c["out_channels"], 3, padding=1)
+        for block in self.blocks() if c["lora_rank"] else ():
+            for layer in list(block.modules()):
+                if isinstance(layer, LowRank):
+                    layer.add_low_rank(c["lora_rank"])
 
     def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
@@ -369,6 +403,12 @@ class UNet(nn.Module):
             target_embedding = self.get_submodule(f"{target_slot(c)}_embedding")
             emb = emb + target_embedding(self.sinusoid(target))
         return emb
+
+    def own_parameters(self):
+        """{name: parameter} of what is this network's own: all of it. With lora_rank, all that its teacher lacks."""
+        own = "*" if not self.settings["lora_rank"] else (
+            "*.down.weight", "*.up.weight", "*.cond_proj.weight", f"{target_slot(self.settings)}_embedding.linear_?.*")
+        return {name: p for name, p in self.named_parameters() if any(fnmatch(name, pattern) for pattern in own)}
 
     def blocks(self):
         """What is recomputed or sharded as a whole."""

@@ -14,7 +14,7 @@ from plumbing.configs import Number, check, target_slot
 from plumbing.files import BadInput, parsing, read_json, write_json
 from plumbing.hub import TINY, find, resolve
 from plumbing.layout import EXPORTED, fingerprint
-from plumbing.weights import WEIGHTS, build, load_module, read_tensors, weight_files, write_tensors
+from plumbing.weights import WEIGHTS, build, init_on_meta, read_tensors, weight_files, write_tensors
 from signal_ode import clean_prediction, student_signal
 from teacher import Teacher
 
@@ -83,59 +83,76 @@ class Critic:
 
 
 # -------------------------------------------------------------------------------------------------- before training
-def teacher_weights(teacher, guidance):
-    """(config, tensors, file) of a network that is to be trained and starts as the teacher's, in float32. For a range
-    of guidance it also has a projection of w's embedding, which is zero."""
-    files = weight_files(teacher.unet_folder)
-    config = read_json(teacher.unet_folder / "config.json")
-    tensors = read_tensors(files, teacher.device, torch.float32)
+def teacher_weights(teacher, guidance, rank):
+    """(config, tensors, where) of a network that is to be trained and starts as the teacher's, in float32. With a rank
+    the teacher's weights are not copied: the network shares them as they are, and has additions of this rank in
+    float32, whose second factors are zero. For a range of guidance it also has a projection of w's embedding, zero too.
+    """
+    path = teacher.unet_folder / "config.json"
+    config, device = read_json(path), teacher.device
+    if rank:
+        config["lora_rank"], tensors = rank, dict(teacher.unet.state_dict())
+        rng = torch.Generator().manual_seed(rank)
+        for name, p in init_on_meta(UNet, config, path).state_dict().items():
+            if name.endswith(".up.weight"):
+                tensors[name] = torch.zeros(p.shape, device=device)
+            if name.endswith(".down.weight"):               # of unit variance, if the input has that
+                tensors[name] = (torch.randn(p.shape, generator=rng) * p[0].numel() ** -0.5).to(device)
+    else:
+        tensors = read_tensors(weight_files(teacher.unet_folder), device, torch.float32)
     if isinstance(guidance, list):
         config["time_cond_proj_dim"] = 256                  # the width that latent consistency models have
         config["time_cond_fastest"] = FASTEST
-        zeros = torch.zeros(config["block_out_channels"][0], 256, device=teacher.device)
-        tensors["time_embedding.cond_proj.weight"] = zeros
-    return config, tensors, files[0]
+        tensors["time_embedding.cond_proj.weight"] = torch.zeros(config["block_out_channels"][0], 256, device=device)
+    return config, tensors, path
 
 
-def new_student(teacher, input_time, guidance):
+def new_student(teacher, input_time, guidance, rank=0):
     """A student that equals its teacher before training, float32. It has the teacher's weights and an embedding of the
     target time, which is a copy of the teacher's time embedding with a last layer of zeros. So g(eps, t) is the
-    teacher's prediction of sigma_i * eps at i, neither guided nor clipped, for every t and w."""
-    config, tensors, file = teacher_weights(teacher, guidance)
+    teacher's prediction of sigma_i * eps at i, neither guided nor clipped, for every t and w. `rank`: of a LoRA, whose
+    weights are the teacher's own; 0 for a network of its own."""
+    config, tensors, where = teacher_weights(teacher, guidance, rank)
     slot = target_slot(config)
     config[f"{slot}_embed_type"] = "timestep"
     for kind in ("weight", "bias"):
-        tensors[f"{slot}_embedding.linear_1.{kind}"] = tensors[f"time_embedding.linear_1.{kind}"].clone()
-        tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(tensors[f"time_embedding.linear_2.{kind}"])
-    return Student(build(UNet, config, tensors, file), teacher, input_time, guidance)
+        layer_1, layer_2 = (tensors[f"time_embedding.linear_{n}.{kind}"].float() for n in (1, 2))
+        tensors[f"{slot}_embedding.linear_1.{kind}"] = layer_1.clone()
+        tensors[f"{slot}_embedding.linear_2.{kind}"] = torch.zeros_like(layer_2)
+    return Student(build(UNet, config, tensors, where), teacher, input_time, guidance)
 
 
 def set_trainable(network):
     """Choose what of a student's network learns: all but its norms and biases and its first and last layer, which stay
     the teacher's. So all that it learns fits into the matrices of a LoRA that every program reads (tools.export), at no
     cost in quality that shows (tiny/README.md). The embeddings of time and guidance learn all of theirs: for one t and
-    w they are one vector, which export can fold."""
-    for name, p in network.named_parameters():
+    w they are one vector, which export can fold. Of a LoRA all that is its own learns."""
+    for name, p in network.own_parameters().items():
         in_lora = p.ndim > 1 and not name.startswith(("conv_in.", "conv_out."))
         p.requires_grad_(in_lora or "_embedding." in name)
 
 
 def new_critic(student):
-    """The critic of a student, which equals the unguided teacher before training. float32."""
-    return Critic(build(UNet, *teacher_weights(student.teacher, student.guidance)), student)
+    """The critic of a student, which equals the unguided teacher before training, float32; a LoRA if the student is.
+    All that is its own learns, because a critic is not exported."""
+    rank = student.network.settings["lora_rank"]
+    network = build(UNet, *teacher_weights(student.teacher, student.guidance, rank))
+    for p in network.own_parameters().values():
+        p.requires_grad_(True)
+    return Critic(network, student)
 
 
 # ------------------------------------------------------------------------------------------------------ the folder
 def save_student(folder, student, tensors=None, dtype=torch.float32):
     """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
     what this code needs to call the student. Raises BadInput.
-    `tensors`: its weights, where they are not those that the network has now."""
+    `tensors`: its weights, where they are not those that the network has now. A LoRA's are without the teacher's."""
     folder, teacher = Path(folder), student.teacher
     write_json(folder / "config.json", student.network.config)
     write_json(folder / "student.json", {
         "teacher": teacher.spec, "fingerprint": teacher.fingerprint, "input_time": student.input_time,
         "guidance": student.guidance, "negative_prompt": teacher.negative_prompt})
-    write_tensors(folder / WEIGHTS, tensors or student.network.state_dict(), dtype)
+    write_tensors(folder / WEIGHTS, tensors or student.network.own_parameters(), dtype)
 
 
 def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torch.float32):
@@ -168,12 +185,16 @@ def load_student(folder=TINY / "student", teacher=None, device="cpu", dtype=torc
     teacher.set_negative_prompt(negative_prompt)
     with parsing(path):
         check("input_time", i, [Number(int, 1, teacher.schedule.T)])
-    network, own = load_module(UNet, folder, device, dtype), fingerprint(weight_files(folder), teacher.schedule, i)
+    config, files = read_json(folder / "config.json"), weight_files(folder)
+    tensors, own = read_tensors(files, device, dtype), fingerprint(files, teacher.schedule, i)
+    if config.get("lora_rank"):
+        tensors = teacher.unet.state_dict() | tensors
+    network = build(UNet, config, tensors, files[0])
     with parsing(folder / "config.json"):                   # the student's network is the teacher's, and has its inputs
         for key, value in network.settings.items():
             if key == f"{target_slot(teacher.settings)}_embed_type":
                 check(key, value, ["timestep"])
-            elif not key.startswith("time_cond"):
+            elif not key.startswith(("time_cond", "lora_rank")):
                 check(key, value, f"{teacher.settings[key]!r}, as the teacher has", value == teacher.settings[key])
         width = network.settings["time_cond_proj_dim"]
         check("time_cond_proj_dim", width, "null, but for a range of guidance", bool(width) == isinstance(w, list))

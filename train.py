@@ -61,12 +61,14 @@ MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
-    "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500)}
+    "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500), "lora_lr": (3e-3, 1e-4),
+    "lora_critic_lr": (4e-4, 1e-4)}                         # the rates with --lora
 LIMITS = {
     "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
     "lr": Number(float, 0, 10), "critic_lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
     "ema": Number(float, 0, 0.999999), "beta": Number(float, 0, 10**6), "match": Number(float, 0, 10**6),
-    "match_from": Number(float, 0, 0.99), "every": Number(int, 1, 10**9), "samples": Number(int, 0, 64)}
+    "match_from": Number(float, 0, 0.99), "lora": Number(int, 0, 4096), "every": Number(int, 1, 10**9),
+    "samples": Number(int, 0, 64)}
 
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -86,6 +88,8 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once (default: on a GPU the largest that fits, up "
            "to 16, and 4 on a CPU; for an embedded teacher the whole share)")
     option("--lr", type=float, help=f"peak rate; that of matching is a fifth of it {either['lr']}")
+    option("--lora", type=int, default=0, metavar="RANK", help="train additions of this rank to the teacher's layers, "
+           "for student and critic: less memory, and a student of a few MB (default: all weights)")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
@@ -143,8 +147,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name in DEFAULTS:
-        if getattr(args, name) is None and name != "guidance":          # that depends on the teacher: resolve_defaults
-            setattr(args, name, default(name, args.teacher))
+        if getattr(args, name, 0) is None and name != "guidance":       # that depends on the teacher: resolve_defaults
+            lora = f"lora_{name}" if args.lora and f"lora_{name}" in DEFAULTS else name
+            setattr(args, name, default(lora, args.teacher))
     with parsing("train.py"):
         for name, limits in LIMITS.items():
             if getattr(args, name) is not None:
@@ -227,18 +232,17 @@ def train(args, run):
 
     # Up to three networks start with the teacher's weights. The student learns; the average (EMA) of its weights is
     # what is kept; the critic learns to denoise the student's samples.
-    student = new_student(teacher, args.input_time, args.guidance)
+    student = new_student(teacher, args.input_time, args.guidance, args.lora)
     set_trainable(student.network)                          # not norms and biases, which an exported LoRA can't hold
     student_adam = run.add("student", student.network, args.lr, (BETA_1, BETA_2))
     run.add("teacher", teacher.unet, saved=False)           # it never learns, but may be sharded
     ema = student                                           # without an average, the student itself is kept
     if args.ema:
-        ema = new_student(teacher, args.input_time, args.guidance)
+        ema = new_student(teacher, args.input_time, args.guidance, args.lora)
         run.add("ema", ema.network)
     critic_steps = torch.tensor(0)                          # how many steps the critic has learned
     if args.match:
         critic = new_critic(student)                        # the teacher's weights, and an input w if student has one
-        critic.network.requires_grad_(True)                 # all of it, because the critic is not exported
         critic_adam = run.add("critic", critic.network, args.critic_lr, (MATCH_BETA_1, BETA_2))
         run.state["critic_steps"] = critic_steps            # saved, and filled in place by run.restore
 

@@ -212,7 +212,7 @@ def writing(folder):
 def whole_tensors(network, rank):
     """{name: tensor} of a network, whole, on the CPU, for rank 0. The other processes have to take part, and get {}."""
     tensors = {}
-    for name, tensor in network.state_dict().items():
+    for name, tensor in network.own_parameters().items():
         tensor = full(tensor.detach())
         if rank == 0:
             tensors[name] = tensor.cpu()

@@ -152,7 +152,7 @@ UNET = {
     "flip_sin_to_cos": [True, False], "freq_shift": [0, Number(float, 0, 1)], "time_embedding_type": ["positional"],
     "time_embedding_dim": [None, COUNT], "time_cond_proj_dim": [None, Number(int, 4, 10**6)],
     "time_cond_fastest": [None, Number(float, 0, 1000)], "class_embed_type": [None, "timestep"],
-    "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT],
+    "target_embed_type": [None, "timestep"], "num_class_embeds": [None, COUNT], "lora_rank": [0, COUNT],
     "resnet_time_scale_shift": ["default", "scale_shift"], "downsample_padding": [1, 0],
     "mid_block_scale_factor": [1.0]}
 TEXT_UNET = UNET | {                                                            # UNet2DConditionModel

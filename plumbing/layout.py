@@ -80,7 +80,7 @@ def read_unet(folder):
         check("num_class_embeds", c["num_class_embeds"], [None, COUNT] if pixel else [None])
         if pixel and ("vae" in parts or "vqvae" in parts):
             raise ValueError("a UNet2DModel on latents is not supported: on pixels, without a VAE")
-        if c["class_embed_type"] or c["target_embed_type"] or c["time_cond_proj_dim"]:
+        if c["class_embed_type"] or c["target_embed_type"] or c["time_cond_proj_dim"] or c["lora_rank"]:
             raise ValueError("with class_embed_type or time_cond_proj_dim it is a student, not a teacher")
     return c | {"sample_size": sizes}
 

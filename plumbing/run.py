@@ -79,6 +79,8 @@ class Run(contextlib.ExitStack):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
         if args.shard and self.world == 1:
             raise BadInput("--shard splits the networks over several processes: start it with torchrun")
+        if args.shard and args.lora:
+            raise BadInput("--shard and --lora do not go together: the networks of a LoRA share their weights")
         # In fp16 small gradients would be zero; the scaler's two tensors are part of the checkpoint.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         if self.scaler.is_enabled():
@@ -122,7 +124,7 @@ class Run(contextlib.ExitStack):
             shard(network, self.device, self.dtype)
         self.networks[name] = network
         if saved:
-            self.state |= {f"{name}.{key}": p.detach() for key, p in network.named_parameters()}
+            self.state |= {f"{name}.{key}": p.detach() for key, p in network.own_parameters().items()}
         if lr is None:
             return None
         learned = {key: p for key, p in network.named_parameters() if p.requires_grad}
@@ -271,7 +273,7 @@ class Run(contextlib.ExitStack):
     @torch.no_grad()
     def average(self, ema, student, decay):
         """Move a network's weights to another's, of the same kind: ema = decay * ema + (1 - decay) * student."""
-        ours, theirs = ([local(p) for p in network.parameters()] for network in (ema, student))
+        ours, theirs = ([local(p) for p in network.own_parameters().values()] for network in (ema, student))
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def after(self, step):

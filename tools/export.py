@@ -48,10 +48,13 @@ NEITHER = {"feature_extractor": [None, None], "image_encoder": [None, None], "re
 @torch.no_grad()
 def fold(network, w=None):
     """{name: tensor} of a student's network at target time 0, float32. The layers that a teacher lacks are folded into
-    others: the embedding of the target time and, if a scale w is given, that of guidance. For every input the network's
-    output is the same up to rounding. If guidance stays an input, this code leaves some of its features out, and other
-    programs do not. So these features get weights of zero."""
+    others: the embedding of the target time, a LoRA's additions and, if a scale w is given, the embedding of guidance.
+    For every input the network's output is the same up to rounding. If guidance stays an input, this code leaves some
+    of its features out, and other programs do not. So these features get weights of zero."""
     tensors = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
+    for name in [name.removesuffix(".up.weight") for name in tensors if name.endswith(".up.weight")]:
+        up, down = (tensors.pop(f"{name}.{part}.weight").flatten(1) for part in ("up", "down"))
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + (up @ down).view_as(tensors[f"{name}.weight"])
     slot, time = f"{target_slot(network.settings)}_embedding", network.time_embedding
     target = copy.deepcopy(network.get_submodule(slot)).cpu().double()
     at_0 = target(network.sinusoid(torch.zeros(1)).double())[0]                                 # (c_emb,)
@@ -137,14 +140,17 @@ def embedded_time(tensors, student):
 def make_lora(tensors, student, rank, dtype=torch.float32):
     """(lora, made), both {name: tensor}: a LoRA for the teacher's network, and the weights that result from it. At full
     rank they make the student's images. `tensors`: the student's, folded. `rank`: of all matrices, because programs
-    disagree about LoRAs with several ranks; 0 is the full one. `dtype`: of the file.
+    disagree about LoRAs with several ranks; 0 is the full one. Of a student that is a LoRA its own rank is the full
+    one, and its additions are written as they are. `dtype`: of the file.
     Programs look for layers in resnets, attentions and samplers, and not all of them elsewhere. So the time's embedding
     stays the teacher's, and what it lacks goes to the resnets' time_emb_proj. The input time is fixed, so each of these
     gets one vector: h from the teacher's embedding, h' from the student's. A change of rank one makes W h into W' h'.
     The first and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
     teacher, lora, made = student.teacher, {}, {}
     own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
-    whole = max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
+    trained, whole = student.network.own_parameters(), student.network.settings["lora_rank"]
+    trained_as_lora = whole and rank in (0, whole)
+    whole = whole or max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
     rank = min(rank or whole, whole)
     theirs, ours = embedded_time(own, student), embedded_time(tensors, student)                 # h, h'
     for name, weight in own.items():
@@ -157,9 +163,12 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
             difference = torch.outer(change, theirs) / theirs.square().sum()
         elif not difference.any():
             continue
-        up, down = (factor.to(dtype).float() for factor in low_rank(difference, rank))
+        module, factors = name.removesuffix(".weight"), None
+        if trained_as_lora and "time_emb_proj" not in name:
+            factors = [trained[f"{module}.{part}.weight"].detach().float().cpu().flatten(1) for part in ("up", "down")]
+        up, down = (factor.to(dtype).float() for factor in factors or low_rank(difference, rank))
         made[name] = weight + (up @ down).view_as(weight)
-        key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        key = f"lora_unet_{module.replace('.', '_')}"
         lora[f"{key}.lora_down.weight"] = down.view(rank, *weight.shape[1:])
         lora[f"{key}.lora_up.weight"] = up.view(*up.shape, *[1] * (weight.ndim - 2))
     return lora, made

@@ -102,7 +102,7 @@ class Plan:
         network.checkpointing = self.args.grad_checkpointing
         self.networks[name] = self.fake(network)
         if saved:
-            self.saved += nbytes(network.parameters())
+            self.saved += nbytes(network.own_parameters().values())
         if lr is None:
             return None
         self.trained += [p for p in network.parameters() if p.requires_grad]
@@ -193,7 +193,7 @@ class Plan:
         gathers two blocks at a time: their weights, and their gradients in float32."""
         shards = self.world if self.args.shard else 1
         gradients = nbytes(self.trained)
-        memory = {name: nbytes(network.parameters()) / shards for name, network in self.networks.items()}
+        memory = {name: nbytes(network.own_parameters().values()) / shards for name, network in self.networks.items()}
         memory |= {name: nbytes(network.parameters()) for name, network in self.whole.items()}
         memory |= {"Adam": 2 * gradients / shards, "gradients": gradients / shards,
                    "prompts": nbytes((self.conditions.encoded or {}).values()),
@@ -227,7 +227,8 @@ def report(plan, tflops):
            f"{plan.local_batch // plan.micro_batch} micro-batches x {plan.micro_batch} samples")
     yield "parameters, millions"
     for name, network in (plan.networks | plan.whole).items():
-        yield f"  {name:14} {sum(p.numel() for p in network.parameters()) / 1e6:9.1f}"
+        own = network.own_parameters().values() if name in plan.networks else network.parameters()
+        yield f"  {name:14} {sum(p.numel() for p in own) / 1e6:9.1f}"
     yield "GFLOP of a sample, by loss\n  steps     " + "".join(f"{name:>12}" for name in losses)
     for number, flops in plan.kinds:
         yield f"  {number:<10}" + "".join(f"{flops.get(name, 0) / 1e9:12.2f}" for name in losses)
