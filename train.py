@@ -65,9 +65,9 @@ DEFAULTS = {
     "lora_critic_lr": (4e-4, 1e-4)}                         # the rates with --lora
 LIMITS = {
     "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
-    "lr": Number(float, 0, 10), "critic_lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
-    "ema": Number(float, 0, 0.999999), "beta": Number(float, 0, 10**6), "match": Number(float, 0, 10**6),
-    "match_from": Number(float, 0, 0.99), "lora": Number(int, 0, 4096), "every": Number(int, 1, 10**9),
+    "lora": Number(int, 0, 4096), "lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
+    "critic_lr": Number(float, 0, 10), "ema": Number(float, 0, 0.999999), "beta": Number(float, 0, 10**6),
+    "match": Number(float, 0, 10**6), "match_from": Number(float, 0, 0.99), "every": Number(int, 1, 10**9),
     "samples": Number(int, 0, 64)}
 
 
@@ -88,8 +88,7 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once (default: on a GPU the largest that fits, up "
            "to 16, and 4 on a CPU; for an embedded teacher the whole share)")
     option("--lr", type=float, help=f"peak rate; that of matching is a fifth of it {either['lr']}")
-    option("--lora", type=int, default=0, metavar="RANK", help="train additions of this rank to the teacher's layers, "
-           "for student and critic: less memory, and a student of a few MB (default: all weights)")
+    option("--lora", type=int, default=0, metavar="RANK", help="train low-rank additions to the teacher's weights alone")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
@@ -135,10 +134,10 @@ def guidance_scale(text):
     return scales if len(scales) == 2 else scales[0]
 
 
-def default(name, teacher):
-    """What DEFAULTS has for a teacher of this name or folder."""
-    embedded, published = DEFAULTS[name]
-    return embedded if is_embedded(teacher) else published
+def default(name, args):
+    """What DEFAULTS has for the teacher of these arguments, and for their --lora."""
+    embedded, published = DEFAULTS.get(f"lora_{name}" if args.lora else name, DEFAULTS[name])
+    return embedded if is_embedded(args.teacher) else published
 
 
 def parse_args(argv=None):
@@ -148,8 +147,7 @@ def parse_args(argv=None):
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name in DEFAULTS:
         if getattr(args, name, 0) is None and name != "guidance":       # that depends on the teacher: resolve_defaults
-            lora = f"lora_{name}" if args.lora and f"lora_{name}" in DEFAULTS else name
-            setattr(args, name, default(lora, args.teacher))
+            setattr(args, name, default(name, args))
     with parsing("train.py"):
         for name, limits in LIMITS.items():
             if getattr(args, name) is not None:
@@ -166,7 +164,7 @@ def resolve_defaults(args, teacher):
         quieter = (schedule.lam(torch.arange(1, T)) < math.log(INPUT_NOISE)).sum().item()
         args.input_time = quieter + 1 if schedule.prediction == "epsilon" else T
     if args.guidance is None:
-        args.guidance = 1.0 if teacher.uncond is None else default("guidance", args.teacher)
+        args.guidance = 1.0 if teacher.uncond is None else default("guidance", args)
     if args.guidance == 1 and args.negative_prompt:
         warnings.warn("--negative-prompt has no effect with --guidance 1, which is no guidance", stacklevel=2)
     with parsing("train.py"):
