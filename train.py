@@ -88,7 +88,7 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once (default: on a GPU the largest that fits, up "
            "to 16, and 4 on a CPU; for an embedded teacher the whole share)")
     option("--lr", type=float, help=f"peak rate; that of matching is a fifth of it {either['lr']}")
-    option("--lora", type=int, default=0, metavar="RANK", help="train low-rank additions to the teacher's weights alone")
+    option("--lora", type=int, default=0, metavar="RANK", help="learn low-rank additions, not all weights (default: 0)")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
@@ -122,8 +122,7 @@ def add_options(parser):
     option("--every", type=int, help=f"steps between checkpoints, and between sheets of samples {either['every']}")
     option("--samples", type=int, default=8, help="samples on a sheet, below the teacher's in fifty steps; 0 makes no "
            "sheets, and spares those steps (default: %(default)s)")
-    option("--dry-run", action="store_true", help="load and check everything, train nothing (python -m tools.plan says "
-           "what the run takes)")
+    option("--dry-run", action="store_true", help="load and check everything, train nothing (see also tools.plan)")
 
 
 def guidance_scale(text):
