@@ -128,8 +128,12 @@ def set_trainable(network):
     cost in quality that shows (tiny/README.md). The embeddings of time and guidance learn all of theirs: for one t and
     w they are one vector, which export can fold. Of a LoRA all that is its own learns."""
     for name, p in network.own_parameters().items():
-        in_lora = p.ndim > 1 and not name.startswith(("conv_in.", "conv_out."))
-        p.requires_grad_(in_lora or "_embedding." in name)
+        p.requires_grad_(learns(name, p))
+
+
+def learns(name, p):
+    """Whether a student's parameter of this name learns, see set_trainable."""
+    return p.ndim > 1 and not name.startswith(("conv_in.", "conv_out.")) or "_embedding." in name
 
 
 def new_critic(student):

@@ -21,7 +21,7 @@ import train
 from matching import critic_loss, identity_loss, limited_guidance
 from plumbing.run import MAX_NORM
 from signal_ode import add_noise, bootstrap_loss, boundary_loss, cfg, clean_prediction, student_signal
-from student import set_trainable
+from student import learns
 
 
 class Loop:
@@ -44,7 +44,8 @@ class Loop:
         student.class_embedding.load_state_dict(student.time_embedding.state_dict())    # whose last layer is zero
         for p in student.class_embedding.linear_2.parameters():
             torch.nn.init.zeros_(p)
-        set_trainable(student)
+        for name, p in student.named_parameters():
+            p.requires_grad_(learns(name, p))
         self.networks = {"student": student, "critic": unet().to(self.device).train()}
         adam = functools.partial(torch.optim.AdamW, betas=(train.MATCH_BETA_1, train.BETA_2), weight_decay=0.0)
         self.adams = {"student": adam([p for p in student.parameters() if p.requires_grad], args.lr),
