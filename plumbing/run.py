@@ -134,7 +134,8 @@ class Run(contextlib.ExitStack):
         for key, p in learned.items():
             adam.state[p] = {"step": torch.tensor(0.0, device=self.device),
                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.state |= {f"{name}.{kind}.{key}": tensor for kind, tensor in adam.state[p].items()}
+            self.state |= {f"{name}.{kind}.{key}": tensor for kind, tensor in adam.state[p].items()
+                           if betas[0] or kind != "exp_avg"}            # with beta_1 = 0 it is the last gradient
         self.adams[name] = adam
         return adam
 

@@ -105,7 +105,9 @@ class Plan:
             self.saved += nbytes(network.own_parameters().values())
         if lr is None:
             return None
-        self.trained += [p for p in network.parameters() if p.requires_grad]
+        learned = [p for p in network.parameters() if p.requires_grad]
+        self.trained += learned
+        self.saved += nbytes(learned) * (2 if betas[0] else 1)          # Adam's moments, see Run.add
         return SimpleNamespace(param_groups=[{}])           # stands for its Adam
 
     def fake(self, network):
@@ -184,10 +186,6 @@ class Plan:
     remember = log_by_time = update = average = after = ignore
 
     # ------------------------------------------------------------------------------------------------ the result
-    def checkpoint(self):
-        """Bytes of a checkpoint: the networks that are saved, and Adam's two moments."""
-        return self.saved + 2 * nbytes(self.trained)
-
     def memory(self):
         """{part: bytes of a process}. With --shard it has its share of the loop's networks, Adam and gradients. It also
         gathers two blocks at a time: their weights, and their gradients in float32."""
@@ -203,7 +201,7 @@ class Plan:
             largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
             memory["gathered"] = 2 * largest * (self.dtype.itemsize + 4)
         if self.on_cpu:
-            memory |= {"saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
+            memory |= {"saving": min(FILE_SIZE, self.saved / self.world), "Python": PYTHON}
         return memory
 
 
@@ -239,7 +237,7 @@ def report(plan, tflops):
     memory = plan.memory()
     for name, size in (memory | {"together": sum(memory.values())}).items():
         yield f"  {name:14} {size / 1e9:9.3f}"
-    yield f"a checkpoint on disk, GB: {plan.checkpoint() / 1e9:.3f}; there are three of them while one is written"
+    yield f"a checkpoint on disk, GB: {plan.saved / 1e9:.3f}; there are three of them while one is written"
 
 
 def parse_args():
