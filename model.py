@@ -51,7 +51,8 @@ class Embedding(nn.Embedding):
 class LowRank:
     """What Linear and Conv2d have in common: y = base(x) + up(down(x)) (LoRA, Hu et al. 2021, arXiv 2106.09685). In a
     network with a lora_rank the base is frozen and the two others learn: `down`, to so many channels, and `up`. Their
-    product, of the size of the base, is never made. Without a lora_rank there is the base alone."""
+    product, of the size of the base, is never made, and their sum is not scaled (alpha = rank). Without a lora_rank there
+    is the base alone."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -63,12 +64,16 @@ class LowRank:
 
 
 class Linear(LowRank, nn.Linear):
+    """nn.Linear that may have additions of low rank."""
+
     def add_low_rank(self, rank):
         self.down = nn.Linear(self.in_features, rank, bias=False)
         self.up = nn.Linear(rank, self.out_features, bias=False)
 
 
 class Conv2d(LowRank, nn.Conv2d):
+    """nn.Conv2d that may have additions of low rank."""
+
     def add_low_rank(self, rank):
         self.down = nn.Conv2d(self.in_channels, rank, self.kernel_size, self.stride, self.padding, bias=False)
         self.up = nn.Conv2d(rank, self.out_channels, 1, bias=False)
