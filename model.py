@@ -51,7 +51,7 @@ class Embedding(nn.Embedding):
 class LowRank:
     """What Linear and Conv2d have in common: y = base(x) + up(down(x)) (LoRA, Hu et al. 2021, arXiv 2106.09685). In a
     network with a lora_rank the base is frozen and the two others learn: `down`, to so many channels, and `up`. Their
-    product, of the size of the base, is never made, and their sum is not scaled (alpha = rank). Without a lora_rank there
+    product, of the size of the base, is never made. The addition is not scaled (alpha = rank). Without a lora_rank there
     is the base alone."""
 
     def __init__(self, *args, **kwargs):
