@@ -51,8 +51,8 @@ class Embedding(nn.Embedding):
 class LowRank:
     """What Linear and Conv2d have in common: y = base(x) + up(down(x)) (LoRA, Hu et al. 2021, arXiv 2106.09685). In a
     network with a lora_rank the base is frozen and the two others learn: `down`, to so many channels, and `up`. Their
-    product, of the size of the base, is never made. The addition is not scaled (alpha = rank). Without a lora_rank there
-    is the base alone."""
+    product, of the size of the base, is never made. What they add is not scaled (alpha = rank). Without a lora_rank
+    there is the base alone."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
