@@ -366,6 +366,7 @@ def test_a_resumed_log_has_every_step_once_and_keeps_remarks(call, two, monkeypa
 
 
 def test_curves_are_drawn_of_whatever_a_log_holds(call, tmp_path):
+    pytest.importorskip("matplotlib")
     lines = [json.dumps({"step": 10 * k, "bootstrap": 1 / k, "matching": None, "lr": 5e-4}) for k in range(1, 9)]
     for text, expected in (["a remark", *lines, '{"torn'], 0), (["a remark"], 2):
         (tmp_path / "log.jsonl").write_text("\n".join(text))

@@ -14,7 +14,7 @@ import statistics
 from PIL import Image
 
 from plumbing.files import BadInput, command, new_parser, user_path
-from plumbing.images import save_png
+from plumbing.images import read_about, save_png
 
 MOST = 200              # points of a curve
 
@@ -76,6 +76,7 @@ def main():
     if args.out and args.out.suffix.lower() != ".png":
         raise BadInput(f"--out {args.out} is no .png file")
     records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
+    read_about(out)                                         # refuses to replace somebody's file
     try:
         from matplotlib.figure import Figure
     except ImportError:
