@@ -230,7 +230,7 @@ def train(args, run):
     # Up to three networks start with the teacher's weights. The student learns; the average (EMA) of its weights is
     # what is kept; the critic learns to denoise the student's samples.
     student = new_student(teacher, args.input_time, args.guidance, args.lora)
-    set_trainable(student.network)                          # not norms and biases, which an exported LoRA can't hold
+    set_trainable(student.network)                          # all that an exported LoRA can hold in every program
     student_adam = run.add("student", student.network, args.lr, (BETA_1, BETA_2))
     run.add("teacher", teacher.unet, saved=False)           # it never learns, but may be sharded
     ema = student                                           # without an average, the student itself is kept

@@ -46,8 +46,7 @@ def resolve(spec):
     spec = str(spec).rstrip("/")
     named = spec.partition("@")[0] in {*EMBEDDED, *HUB}
     if named and Path(spec).is_dir() and Path(spec).resolve() not in EMBEDDED.values():
-        warnings.warn(f"{spec} is taken for the teacher of this name, not for the folder ./{spec}: for that, write "
-                      f"./{spec}", stacklevel=2)
+        warnings.warn(f"{spec} is taken for the teacher of this name, not for the folder ./{spec}", stacklevel=2)
     if spec in EMBEDDED:
         return EMBEDDED[spec], spec
     if spec.partition("@")[0] in HUB:
@@ -114,17 +113,19 @@ def fetch(repo, revision=None):
                     return folder
         raise BadInput(f"{repo} {explain(error)}") from None
     names = [file.rfilename for file in info.siblings]
-    with parsing(repo):
-        files = needed(names, lambda index: read_json(hf_hub_download(repo, index, revision=revision)))
-    if not any(name.endswith(".safetensors") for name in files):
-        if any(name.endswith(f"{STEM}.bin") for name in names):
-            raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
-                           f"`{CONVERT.format('DiffusionPipeline', 'from_pretrained', repo)}`, then --teacher DIR")
-        raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        with parsing(repo):
+            files = needed(names, lambda index: read_json(hf_hub_download(repo, index, revision=revision)))
+        if any(name.endswith(".safetensors") for name in files):
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"{repo} {explain(error)}") from None
+    if any(name.endswith(f"{STEM}.bin") for name in names):
+        raise BadInput(f"{repo} has only pickled weights, which can run code: convert them once, by "
+                       f"`{CONVERT.format('DiffusionPipeline', 'from_pretrained', repo)}`, then --teacher DIR")
+    raise BadInput(f"{repo} has no weights in safetensors in the diffusers layout")
 
 
 def needed(names, read):

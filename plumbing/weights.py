@@ -32,7 +32,7 @@ def open_tensors(path):
             yield file
     except (SafetensorError, OSError) as error:
         why = f"is not a whole safetensors file: {error}"
-        if Path(path).stat().st_size < 1000 and b"git-lfs" in Path(path).read_bytes():
+        if Path(path).is_file() and Path(path).stat().st_size < 1000 and b"git-lfs" in Path(path).read_bytes():
             why = "is a Git LFS pointer, not the weights: run `git lfs pull` there"
         raise BadInput(f"{path} {why}") from None
 
@@ -117,8 +117,8 @@ def choose_weights(names, stem, read):
             return sorted(listed) or [f"{index} lists nothing"]
         shard = re.compile(rf"({re.escape(stem)}(?:{variant})?-)(\d+)(-of-(\d+)(?:{variant})?\.safetensors)")
         sets = {(match[1], match[3]): match for name in sorted(names) if (match := shard.fullmatch(name))}
-        if len(sets) + (whole in names) > 1:
-            found = [whole] * (whole in names) + [match[0] for match in sets.values()]
+        found = [whole] * (whole in names) + [match[0] for match in sets.values()]
+        if len(found) > 1:
             raise ValueError(f"{' and '.join(found)} are of two sets of weights: move one away")
         for match in sets.values():                         # all shards of this number, those that are missing too
             return [f"{match[1]}{k:0{len(match[2])}}{match[3]}" for k in range(1, int(match[4]) + 1)]
@@ -132,9 +132,8 @@ def weight_files(folder, stem=STEM):
     names = [path.name for path in folder.glob("*")]
     with parsing(folder):
         files = choose_weights(names, stem, lambda index: read_json(folder / index))
-    for name in files:
-        if not (folder / name).exists():
-            raise BadInput(f"{folder / name} is missing, or a link that leads nowhere: download it again")
+    for name in [name for name in files if not (folder / name).exists()]:
+        raise BadInput(f"{folder / name} is missing, or a link that leads nowhere: download it again")
     if not files:
         others = [name for name in names if name.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
         said = (f", and there is only {', '.join(others)}: a pickle can run code and is refused, another variant "

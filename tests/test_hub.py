@@ -70,13 +70,15 @@ def test_cache_serves_when_the_hub_does_not(hub, tiny, monkeypatch):
     ("somebody/tiny", {"/api/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
     ("somebody/tiny", {"/resolve/": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
     ("somebody/tiny", {f"unet/{WEIGHTS}": 500}, "can't be had .*500.*give the same command again"),
+    ("somebody/sharded", {".index.json": "gated"}, "is gated: accept its licence.* HF_TOKEN"),
     ("somebody/pickled", {}, "only pickled weights.*convert them once"),
     ("somebody/empty", {}, "has no weights in safetensors")])
 def test_what_fails_at_the_hub_is_one_sentence(hub, tmp_path, spec, fail, message):
     hub.fail.update(fail)
-    for name in ("pickled", "empty"):
+    for name, file in (("pickled", f"{STEM}.bin"), ("empty", "model_index.json"),
+                       ("sharded", f"unet/{STEM}.safetensors.index.json")):
         hub.repos[f"somebody/{name}"] = tmp_path / name
-        edit(tmp_path / name / ("model_index.json" if name == "empty" else f"{STEM}.bin"))
+        edit(tmp_path / name / file)
     with pytest.raises(BadInput, match=message) as caught:
         load_teacher(spec)
     assert "\n" not in str(caught.value)
