@@ -240,11 +240,12 @@ def test_an_export_is_pushed_to_the_hub_or_the_error_says_what_to_do(call, tmp_p
     assert told[0] == ("me/boot", True) and "me/boot/commit" in printed
     assert told[1]["repo_id"] == "me/boot" and told[1]["folder_path"] == tmp_path / "x"
     assert 'from_pretrained("me/boot"' in (tmp_path / "x" / "README.md").read_text()
-    there.append("model_index.json")                        # somebody's, and then an older export
-    for text, expected in ("{}", 2), ('{"_student_of": "tiny"}', 0):
+    monkeypatch.setattr(tools.export, "hf_hub_download", lambda *_: tmp_path / "theirs")
+    for name, text, expected in (("model_index.json", "", 2), ("scheduler/scheduler_config.json", "{}", 2),
+                                 ("README.md", '{"_student_of": "tiny"}', 0)):      # at last an older export
+        there.append(name)
         (tmp_path / "theirs").write_text(text)
-        monkeypatch.setattr(tools.export, "hf_hub_download", lambda *_: tmp_path / "theirs")
-        code, _, error = call("tools.export", "--out", tmp_path / text[:1] / str(expected), "--push", "me/boot")
+        code, _, error = call("tools.export", "--out", tmp_path / name, "--push", "me/boot")
         assert code == expected and (not code or "has files that tools.export did not write" in error), error
     monkeypatch.setattr(tools.export, "HfApi", api)
     monkeypatch.setattr("fake_hub.Handler.do_POST", lambda self: self.answer(403), raising=False)

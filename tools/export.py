@@ -343,7 +343,8 @@ def push(folder, repo, private):
     try:
         HfApi().create_repo(repo, exist_ok=True, private=private)
         there = set(HfApi().list_repo_files(repo)) - {".gitattributes", "README.md"}        # which new ones may have
-        if there and EXPORTED not in read_text(hf_hub_download(repo, "scheduler/scheduler_config.json")):
+        ours = "scheduler/scheduler_config.json"            # which says so, if tools.export wrote it
+        if there and (ours not in there or EXPORTED not in read_text(hf_hub_download(repo, ours))):
             raise BadInput(f"{repo} has files that tools.export did not write, and is left alone: give a new name")
         info = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="One-step student, by BOOT")
     except BadInput:
