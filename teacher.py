@@ -22,7 +22,7 @@ from plumbing.hub import find, resolve
 from plumbing.images import noise
 from plumbing.layout import fingerprint, part_folder, read_labels, read_scheduler, read_unet
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import load_module, weight_files
+from plumbing.weights import load_module, visiting, weight_files
 from signal_ode import Schedule, cfg, clean_prediction, solve
 
 
@@ -98,6 +98,12 @@ class Teacher:
                   [len(own["block_out_channels"])])
         self.vae, self.decoder = small, fingerprint(weight_files(folder), self.schedule, None)
 
+    def rest(self, text_encoder):
+        """Move the VAE, and if asked the text encoder, to the CPU's memory, which they leave while they are needed."""
+        for part in (self.vae, self.text_encoder if text_encoder else None):
+            if part is not None:
+                part.to("cpu")
+
     @functools.cached_property
     def unet(self):
         """The network. It is read when it is first needed, because a student makes samples without it."""
@@ -125,7 +131,8 @@ class Teacher:
         names or numbers of classes; {} for an unconditional model. Raises BadInput for an unknown class."""
         condition = {}
         if self.text_encoder:
-            condition["text"] = self.text_encoder(self.tokenizer(prompts).to(self.device))
+            with visiting(self.text_encoder, self.device):
+                condition["text"] = self.text_encoder(self.tokenizer(prompts).to(self.device))
         if self.labels:
             numbers = [self.class_number(prompt) for prompt in prompts]
             condition["label"] = torch.tensor(numbers, device=self.device)
@@ -180,7 +187,8 @@ class Teacher:
         an image that is not finite, naming its seed, or the number of its row where no seeds are given."""
         images = latents
         if self.vae is not None:
-            images = torch.cat([self.vae.decode(part) for part in latents.split(self.decoded_at_once)])
+            with visiting(self.vae, self.device):
+                images = torch.cat([self.vae.decode(part) for part in latents.split(self.decoded_at_once)])
         finite = [z.flatten(1).isfinite().all(1) for z in (latents, images)]                    # (B,) each
         if broken := (~(finite[0] & finite[1])).nonzero().flatten().tolist():
             seed = broken[0] if seeds is None else seeds[broken[0]]

@@ -15,11 +15,13 @@ The losses are in signal_ode.py and matching.py. Whatever is no part of the meth
     run.ready                   say what begins, and note which network is saved and sampled
     run.add                     take a network into the run, saved and sharded if asked; returns its Adam if it learns
     run.steps                   the steps still to be made, none with --dry-run; ends early on Ctrl-C
-    run.micro_batches           this process's samples of a step, as ranges of consecutive indices in the whole batch
+    run.samples                 this process's samples of each step, as a range of indices in the whole batch
+    run.encode                  the conditions of prompts, by their indices
+    run.micro_batches           these samples in parts, which fit into memory: their range, and their rows of what is
+                                given, on the run's device
     run.memory_permitting       if memory runs out inside, micro_batches clears the step's gradients and logged values,
                                 and starts the step again with smaller ranges
-    run.zero_grad, to_device    clear the step's gradients and logged values; move a tensor without waiting
-    run.encode                  the conditions of prompts, by their indices
+    run.zero_grad               clear the step's gradients and logged values
     run.autocast                mixed precision: torch.autocast, without its cache of weights that were cast
     run.backward                a backward pass, scaled where fp16 needs it
     run.log, log_by_time        add to the step's logged values; log a loss of each sample separately by eighths of 0..T
@@ -56,7 +58,7 @@ MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
 BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
-MATCH_BETA_1 = 0.0          # This is the critic's, and in matching the student's: momentum would make them lag.
+MATCH_BETA_1 = 0.0          # This is the critic's, and the student's while the critic learns: momentum makes them lag.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
@@ -259,18 +261,16 @@ def train(args, run):
         matching = step >= match_from
         boot = not matching or (step + 1) % BOOT_EVERY == 0
         critic_learns = step >= critic_from
-        beta_1 = MATCH_BETA_1 if matching else BETA_1
+        beta_1 = MATCH_BETA_1 if critic_learns else BETA_1
         student_adam.param_groups[0] |= {"lr": learning_rate(step, args, match_from), "betas": (beta_1, BETA_2)}
         run.zero_grad()
 
-        for samples in run.micro_batches():
+        # All that a sample depends on: its prompt, noise eps, time t and scale w; for matching, n and tau.
+        indices, *drawn = draw(args.seed, step, run.samples, teacher.shape, T, len(prompts), args.guidance)
+        for samples, (eps, t, w, n, tau), condition in run.micro_batches(drawn, run.encode(indices)):
             with run.memory_permitting():
                 x = h = L_BS = L_BC = L_M = L_C = None      # Frees the graphs of a try that ran out of memory.
-                # All that a sample depends on: noise eps, time t, prompt and scale w; for matching, n and tau.
-                indices, *drawn = draw(args.seed, step, samples, teacher.shape, T, len(prompts), args.guidance)
-                eps, t, w, n, tau = (run.to_device(tensor) for tensor in drawn)
                 s = (t - delta).clamp(min=0)
-                condition = run.encode(indices)
                 if args.guidance != 1:                      # w guides the teacher. Student and critic take it as an
                     condition["w"] = w                      # input if --guidance is a range, and else ignore it.
                 run.remember(times=t, matching_times=tau, guidance=w)

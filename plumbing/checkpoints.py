@@ -149,11 +149,14 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(folder, state):
-    """Fill a process's state with its share of a checkpoint, whichever processes wrote that. Raises BadInput."""
+def load(folder, state, spared=()):
+    """Fill a process's state with its share of a checkpoint, whichever processes wrote that. Raises BadInput.
+    `spared`: the beginnings of names of which the checkpoint may have none. Those tensors stay as they are."""
     reader = dcp.HuggingFaceStorageReader(folder)
     with parsing(folder):
         saved = reader.read_metadata().state_dict_metadata
+        spared = tuple(start for start in spared if not any(name.startswith(start) for name in saved))
+        state = {name: tensor for name, tensor in state.items() if name in saved or not name.startswith(spared)}
         wrong = [name for name in saved.keys() | state.keys()
                  if name not in saved or name not in state or saved[name].size != state[name].shape]
         if wrong:

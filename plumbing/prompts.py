@@ -2,7 +2,7 @@
 
     prompts = training_prompts(teacher, args.prompts)       # a file's, the teacher's own, or 100,000 composed ones
     encode = Conditions(teacher, prompts)
-    condition = encode([3, 14])                             # of prompts 3 and 14
+    condition = encode([3, 14])                             # of prompts 3 and 14, on the CPU if they were encoded once
 """
 
 import random
@@ -13,6 +13,7 @@ import torch
 from plumbing.files import BadInput, read_json, read_text
 
 FEW = 2**11         # so many prompts, or fewer, are encoded once
+PART = 64           # so many are encoded together
 
 
 def read_prompts(path):
@@ -51,16 +52,21 @@ def training_prompts(teacher, path=None):
 
 
 class Conditions:
-    """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, in
-    parts of 64, which are the same in every process, because the last bits depend on the size of a part."""
+    """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, and
+    kept on the CPU. They are encoded in parts of 64 in every process, because the last bits depend on a part's size.
+    .needs_encoder: whether the text encoder is still needed."""
 
     def __init__(self, teacher, prompts):
-        self.teacher, self.prompts, self.encoded = teacher, prompts, None
-        if len(prompts) <= FEW:
-            parts = [teacher.encode(prompts[first:first + 64]) for first in range(0, len(prompts), 64)]
-            self.encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.teacher, self.prompts = teacher, prompts
+        self.needs_encoder = len(prompts) > FEW
+        if not self.needs_encoder:
+            self.encoded = {name: value.cpu() for name, value in self.encode(prompts).items()}
 
     def __call__(self, numbers):
-        if self.encoded is None:
-            return self.teacher.encode([self.prompts[k] for k in numbers])
+        if self.needs_encoder:
+            return self.encode([self.prompts[k] for k in numbers])
         return {name: value[numbers] for name, value in self.encoded.items()}
+
+    def encode(self, prompts):
+        parts = [self.teacher.encode(prompts[first:first + PART]) for first in range(0, len(prompts), PART)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

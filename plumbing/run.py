@@ -7,7 +7,7 @@
         run.ready(ema, write_student, "summary")
         for step in run.steps():
             run.zero_grad()
-            for samples in run.micro_batches():             # this process's share of the batch
+            for samples, [eps], condition in run.micro_batches([eps], run.encode(numbers)):
                 with run.memory_permitting():
                     run.backward(loss)
                     run.log(bootstrap=loss)
@@ -62,7 +62,8 @@ def split_batch(args, world, device):
 
 class Run(contextlib.ExitStack):
     """See the top of this file. As an ExitStack it gives up the folder's lock in the end, however that comes.
-    .device, .dtype: of the passes. .interrupted: whether Ctrl-C has ended the run."""
+    .device, .dtype: of the passes. .samples: the range of this process's samples in each step's batch.
+    .interrupted: whether Ctrl-C has ended the run."""
 
     def __init__(self, args):
         super().__init__()
@@ -72,6 +73,7 @@ class Run(contextlib.ExitStack):
             check_folder(args.out)                          # now, and not after a download
         self.device = pick_device(args.device, local_rank)
         self.local_batch, self.micro_batch = split_batch(args, self.world, self.device)
+        self.samples = range(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         self.dtype = PRECISION[args.precision]
         self.state, self.networks, self.adams, self.saving, self.interrupted = {}, {}, {}, None, False
@@ -115,6 +117,7 @@ class Run(contextlib.ExitStack):
         if theirs != self.options:
             raise BadInput(f"process {self.rank} has other options or another teacher than the first: {self.options}")
         self.encode = Conditions(teacher, prompts)
+        teacher.rest(text_encoder=args.grad_checkpointing or not self.encode.needs_encoder)
 
     def add(self, name, network, lr=None, betas=None, saved=True):
         """Make a network part of the run: sharded and checkpointed as the options say, and saved. With a rate it is
@@ -134,15 +137,14 @@ class Run(contextlib.ExitStack):
         for key, p in learned.items():
             adam.state[p] = {"step": torch.tensor(0.0, device=self.device),
                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.state |= {f"{name}.{kind}.{key}": tensor for kind, tensor in adam.state[p].items()
-                           if betas[0] or kind != "exp_avg"}            # with beta_1 = 0 it is the last gradient
+            self.state |= {f"{name}.{kind}.{key}": tensor for kind, tensor in adam.state[p].items()}
         self.adams[name] = adam
         return adam
 
     def restore(self):
         """Read the last checkpoint into what was added. Returns the step from which the run goes on, 0 if anew."""
         if self.folder:
-            load(self.folder, self.state)
+            load(self.folder, self.state, ["critic.", *(f"{name}.exp_avg." for name in self.adams)])
         if self.world > 1:
             with together(self.rank):                       # some read from a slower disk, or not from a cache
                 dist.monitored_barrier(self.control, timeout=MEETING)
@@ -158,7 +160,8 @@ class Run(contextlib.ExitStack):
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
               f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}",
               flush=True)
-        check_space(args.out, sum(tensor.nbytes for tensor in self.state.values()))
+        check_space(args.out, sum(tensor.nbytes for name, tensor in self.state.items()
+                                  if "critic" not in self.networks or ".exp_avg." not in name))     # see needed_state
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -190,18 +193,19 @@ class Run(contextlib.ExitStack):
             adam.zero_grad()
         self.logged, self.drawn = {}, {}
 
-    def micro_batches(self):
-        """The numbers of this process's samples of a step, a micro-batch at a time: ranges. If one does not fit into
-        memory, and its size was not given, all processes begin the step again with fewer samples at once."""
-        begin, end = self.rank * self.local_batch, (self.rank + 1) * self.local_batch
-        first = begin
-        while first < end:
-            samples = range(first, first + self.micro_batch)
-            yield samples
-            first = samples.stop
+    def micro_batches(self, drawn, condition):
+        """This process's samples of a step, a micro-batch at a time: their range in the whole batch, and their rows of
+        the tensors drawn and of the condition, on the run's device. If a micro-batch does not fit into memory, and its
+        size was not given, all processes begin the step again with fewer samples at once."""
+        first = 0
+        while first < self.local_batch:
+            rows = slice(first, first + self.micro_batch)
+            yield (self.samples[rows], [self.to_device(tensor[rows]) for tensor in drawn],
+                   {name: self.to_device(tensor[rows]) for name, tensor in condition.items()})
+            first = rows.stop
             if not self.args.micro_batch and self.anywhere(self.ran_out):
                 self.micro_batch = max(n for n in range(1, self.micro_batch // 2 + 1) if self.local_batch % n == 0)
-                first = begin
+                first = 0
                 self.zero_grad()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -230,7 +234,9 @@ class Run(contextlib.ExitStack):
 
     def to_device(self, tensor):
         """The tensor on the run's device, without waiting for what the device still has to do."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def autocast(self):
         """Mixed precision. Cast weights are not cached: a cast made under no_grad would be used again, without a
@@ -291,10 +297,18 @@ class Run(contextlib.ExitStack):
             self.write_log(by_time)
         if due or self.stopping:
             with together(self.rank):
-                save(args.out, self.done, self.state, self.ema.network, self.options, self.write_student, self.rank,
+                save(args.out, self.done, self.needed_state(), self.ema.network, self.options, self.write_student, self.rank,
                      self.world, self.saving)
         if args.samples and due:
             self.write_samples()
+
+    def needed_state(self):
+        """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next step
+        replaces. A critic that has not learned yet is as it began."""
+        spared = [f"{name}.exp_avg." for name, adam in self.adams.items() if adam.param_groups[0]["betas"][0] == 0]
+        if not self.state.get("critic_steps", True):
+            spared.append("critic.")
+        return {name: tensor for name, tensor in self.state.items() if not name.startswith(tuple(spared))}
 
     def check_finite(self):
         """Raise BadInput if a step since the last check had a loss or a norm that is not finite."""
@@ -346,11 +360,11 @@ class Run(contextlib.ExitStack):
         """PIL images of a sampler, callable (eps, **condition) -> latents. Raises BadInput if one is not finite."""
         num, images = self.args.samples, []
         eps = noise(range(num), self.teacher.shape).to(self.device)
-        condition = self.teacher.encode([self.prompts[k * len(self.prompts) // num] for k in range(num)])
+        condition = self.encode([k * len(self.prompts) // num for k in range(num)])
         for first in range(0, num, self.micro_batch):
             rows = slice(first, first + self.micro_batch)
             with self.autocast():
-                latents = sampler(eps[rows], **{name: c[rows] for name, c in condition.items()})
+                latents = sampler(eps[rows], **{name: self.to_device(c[rows]) for name, c in condition.items()})
                 images += to_pil(self.teacher.decode(latents, range(first, first + len(latents))))
         return images
 

@@ -146,3 +146,17 @@ def load_module(network, folder, device, dtype, stem=STEM):
     """A network, frozen, from its folder of config.json and weights. Raises BadInput."""
     config, files = read_json(folder / "config.json"), weight_files(folder, stem)
     return build(network, config, read_tensors(files, device, dtype), files[0])
+
+
+@contextlib.contextmanager
+def visiting(module, device):
+    """Move a module to the device for as long as it is needed, if it rests elsewhere."""
+    home = next(module.parameters()).device
+    if home.type == device.type:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)

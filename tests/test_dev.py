@@ -84,7 +84,7 @@ def test_a_gpu_agrees_with_the_cpu(run_on_gpu, tmp_path):
         assert row["prediction"] < ALLOWED[precision], precision
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_killed_run_resumes_bitwise(run_on_gpu, tmp_path, precision):
-    text = run_on_gpu("-m", "dev.kill", "--kills", 2, "--out", tmp_path, "--", "--precision", precision)
+@pytest.mark.parametrize("options", ["bf16", "fp16", "fp16 --lora 8 --grad-checkpointing"])
+def test_a_killed_run_resumes_bitwise(run_on_gpu, tmp_path, options):
+    text = run_on_gpu("-m", "dev.kill", "--kills", 2, "--out", tmp_path, "--", "--precision", *options.split())
     assert "every state was bitwise the undisturbed one" in text

@@ -36,9 +36,9 @@ diffusers.utils.logging.disable_progress_bar()
 UNET = f"unet/{WEIGHTS}"
 
 
-def random_student(folder, family, guidance=3.0, size=8):
-    """A student with random weights of a small teacher with a published model's config and schedule. The teacher is in
-    folder/teacher; its text encoder and VAE are tiny's."""
+def random_student(folder, family, guidance=3.0, size=8, rank=0):
+    """A student with random weights, or random additions of a rank, of a small teacher with a published model's config
+    and schedule. The teacher is in folder/teacher; its text encoder and VAE are tiny's."""
     config = read_json(CHECKPOINTS / family / "unet" / "config.json")
     config |= {"block_out_channels": [c // 8 for c in config["block_out_channels"]], "norm_num_groups": 8,
                "sample_size": size}
@@ -55,7 +55,8 @@ def random_student(folder, family, guidance=3.0, size=8):
     save_file(train_at_random(UNet(config)).state_dict(), folder / "teacher" / UNET)
     teacher = load_teacher(folder / "teacher")
     T = teacher.schedule.T
-    student = new_student(teacher, T if teacher.schedule.prediction == "v_prediction" else round(0.6 * T), guidance)
+    i = T if teacher.schedule.prediction == "v_prediction" else round(0.6 * T)
+    student = new_student(teacher, i, guidance, rank)
     train_at_random(student.network, but=("conv_in.", "conv_out."))
     save_student(folder / "student", student)
     return folder / "student"
@@ -64,7 +65,7 @@ def random_student(folder, family, guidance=3.0, size=8):
 @torch.no_grad()
 def train_at_random(network, but=()):
     """Change every matrix at random; of guidance only the slow features, as training does."""
-    for name, p in network.named_parameters():
+    for name, p in network.own_parameters().items():
         if name.startswith(but):
             continue
         if "cond_proj" in name:
@@ -111,9 +112,12 @@ TEXT = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 PIPE = {"prompt": PROMPTS, "guidance_scale": 1.0}
 
 
-@pytest.mark.parametrize("family", ["tiny", "sd21-768-v", slow("sd21-base"), slow("sd15")])
-def test_a_student_of_text_is_exported_as_a_model_and_as_a_lora(call, tmp_path, family):
-    student = TINY / "student" if family == "tiny" else random_student(tmp_path, family)
+@pytest.mark.parametrize("family, rank", [
+    ("tiny", 0), ("sd21-768-v", 0), slow("sd21-base", 0), slow("sd15", 0),
+    ("sd21-base", 4), slow("sd21-768-v", 4), slow("sd15", 4)])
+def test_a_student_of_text_is_exported_as_a_model_and_as_a_lora(call, tmp_path, family, rank):
+    """Also one that was trained as a LoRA."""
+    student = TINY / "student" if family == "tiny" else random_student(tmp_path, family, rank=rank)
     printed = export(call, tmp_path / "x", student, "--lora", "full")
     expected = sample(call, tmp_path / "own", student, *TEXT)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "x")

@@ -124,6 +124,16 @@ def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, opti
     assert f"resuming at step {step}" in printed and not differences(tmp_path / "whole", parts)
 
 
+def test_a_checkpoint_holds_what_the_run_needs_to_go_on(tmp_path):
+    """No critic that has not learned; and where beta_1 is 0, no first moments."""
+    for number, spared, held in ((1, "critic.", "student.exp_avg."), (3, "student.exp_avg.", "critic.exp_avg_sq.")):
+        options = [*QUICK, "--steps", 4, "--match-from", 0.5]
+        code, printed = train_forked(tmp_path, 1, *options, prepare=signal_in_step(number, signal.SIGTERM))
+        assert code == [0] and max(checkpoints(tmp_path)) == number, printed
+        names = "\n".join(read_state(tmp_path))
+        assert f"\n{held}" in names and f"\n{spared}" not in names and "critic.exp_avg." not in names
+
+
 @pytest.mark.parametrize("precision, dtype, scale", [
     ("fp16", torch.float32, 2.0**126),                      # passes in float16 take seconds on a CPU
     slow("fp16", torch.float16, 2.0**16), slow("bf16", torch.bfloat16, None)])

@@ -14,6 +14,7 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from dev.synthesise import synthesise
 from model import VAE, TextEncoder, UNet
 from plumbing.files import BadInput, read_json
 from plumbing.images import noise
-from plumbing.weights import OLD_NAMES, STEM, WEIGHTS, read_tensors, remap_key, weight_files
+from plumbing.weights import OLD_NAMES, STEM, WEIGHTS, read_tensors, remap_key, visiting, weight_files
 from signal_ode import add_noise, heun_mean, signal_step, solve
 from student import Student, load_student, new_critic, new_student, save_student
 from teacher import load_teacher
@@ -46,6 +47,20 @@ def test_teacher_is_frozen_float32_and_deterministic(tiny):
     f = tiny.denoise(EPS, t, w, **condition)
     assert f.dtype == torch.float32 and torch.equal(tiny.denoise(EPS, 1000, 3.0, **condition), f)
     assert tiny.decode(EPS).shape == (2, 3, 32, 32)
+
+
+def test_a_part_that_rests_visits_the_device_and_goes_back():
+    """Also where its work fails, as when memory runs out. On the device already, it stays."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    part = SimpleNamespace(device=cpu, parameters=lambda: iter([part]), to=lambda device: setattr(part, "device", device))
+    with pytest.raises(RuntimeError), visiting(part, cuda):
+        assert part.device == cuda
+        raise RuntimeError("out of memory")
+    assert part.device == cpu
+    part.device = cuda
+    with visiting(part, cuda):
+        pass
+    assert part.device == cuda
 
 
 def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):

@@ -13,6 +13,7 @@ the tensors that are in use at the same time.
 """
 
 import argparse
+import contextlib
 import math
 import warnings
 import weakref
@@ -92,7 +93,8 @@ class Plan:
         self.dtype, self.device = PRECISION[args.precision], torch.device("meta")       # where loading reads no values
         self.local_batch, self.micro_batch = split_batch(args, world, torch.device("cpu"))
         self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
-        self.networks, self.state, self.trained, self.saved, self.kinds = {}, {}, [], 0, []
+        self.samples = range(self.local_batch)
+        self.networks, self.state, self.trained, self.kinds, self.disk, self.peaks = {}, {}, [], [], {}, {}
 
     # ------------------------------------------------------------------------------------------ before the loop
     def begin(self, teacher, prompts):
@@ -102,12 +104,12 @@ class Plan:
         network.checkpointing = self.args.grad_checkpointing
         self.networks[name] = self.fake(network)
         if saved:
-            self.saved += nbytes(network.own_parameters().values())
+            self.disk[name] = nbytes(network.own_parameters().values())
         if lr is None:
             return None
         learned = [p for p in network.parameters() if p.requires_grad]
         self.trained += learned
-        self.saved += nbytes(learned) * (2 if betas[0] else 1)          # Adam's moments, see Run.add
+        self.disk |= {f"{name}.exp_avg": nbytes(learned), f"{name}.exp_avg_sq": nbytes(learned)}
         return SimpleNamespace(param_groups=[{}])           # stands for its Adam
 
     def fake(self, network):
@@ -125,7 +127,10 @@ class Plan:
                 self.whole[name] = self.fake(network)
         teacher.device = torch.device("cpu")
         teacher.set_negative_prompt(teacher.negative_prompt)
-        self.conditions = Conditions(teacher, self.prompts)
+        self.conditions, self.resting = Conditions(teacher, self.prompts), set()
+        if not self.on_cpu:                                 # see Run.begin
+            spared = self.args.grad_checkpointing or not self.conditions.needs_encoder
+            self.resting = {"VAE", "text encoder"} if spared else {"VAE"}
 
     # ------------------------------------------------------------------------------------------------- the loop
     def steps(self):
@@ -136,7 +141,7 @@ class Plan:
                 yield steps[0]
         if self.args.samples and self.teacher.vae:
             num = min(self.args.samples, self.micro_batch, self.teacher.decoded_at_once)
-            with torch.no_grad(), self.autocast(), self.meter:
+            with torch.no_grad(), self.autocast(), self.phase("decoding", "VAE"):
                 self.teacher.vae.decode(self.to_device(torch.empty(num, *self.teacher.shape)))
 
     def zero_grad(self):
@@ -148,25 +153,40 @@ class Plan:
                 for p in self.trained:
                     p.grad = torch.zeros_like(p)
 
-    def micro_batches(self):
+    def encode(self, numbers):
+        with self.phase("encoding", "text encoder"):
+            condition = self.conditions(numbers)
+        self.log(text=None)
+        return condition
+
+    def micro_batches(self, drawn, condition):
         """So few samples that their share of boundary losses is that of the batch."""
+        _, flops = self.kinds[-1]
+        flops["text"] /= self.local_batch
         num = min(self.local_batch, math.lcm(self.micro_batch, train.BOUNDARY_EVERY))
         for first in range(0, num, self.micro_batch):
-            yield range(first, first + self.micro_batch)
-        _, flops = self.kinds[-1]
-        for name in flops:
+            rows = slice(first, first + self.micro_batch)
+            yield (self.samples[rows], [self.to_device(tensor[rows]) for tensor in drawn],
+                   {name: self.to_device(tensor[rows]) for name, tensor in condition.items()})
+        for name in flops.keys() - {"text"}:
             flops[name] /= num
 
     def memory_permitting(self):
-        return self.meter
+        return self.phase("passes")
+
+    @contextlib.contextmanager
+    def phase(self, name, visitor=None):
+        """Count what is computed in it. `visitor`: the part of the teacher that is in memory then, and else rests."""
+        weights = nbytes(self.whole[visitor].parameters()) if visitor in self.resting else 0
+        self.meter.bytes += weights
+        self.meter.peak = self.meter.bytes
+        with self.meter:
+            yield
+        self.meter.bytes -= weights
+        self.peaks[name] = max(self.peaks.get(name, 0), self.meter.peak)
 
     def to_device(self, tensor):
         return self.mode.from_tensor(tensor)
-
-    def encode(self, numbers):
-        condition = self.conditions(numbers)
-        self.log(text=None)
-        return condition
 
     def autocast(self):
         return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
@@ -187,22 +207,28 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------ the result
     def memory(self):
-        """{part: bytes of a process}. With --shard it has its share of the loop's networks, Adam and gradients. It also
-        gathers two blocks at a time: their weights, and their gradients in float32."""
+        """{part: bytes of a process}. Of its phases (passes, encoding of prompts, decoding of samples) the largest counts.
+        With --shard it has its share of the loop's networks, Adam and gradients. It also gathers two blocks at a time:
+        their weights, and their gradients in float32."""
         shards = self.world if self.args.shard else 1
         gradients = nbytes(self.trained)
         memory = {name: nbytes(network.own_parameters().values()) / shards for name, network in self.networks.items()}
-        memory |= {name: nbytes(network.parameters()) for name, network in self.whole.items()}
-        memory |= {"Adam": 2 * gradients / shards, "gradients": gradients / shards,
-                   "prompts": nbytes((self.conditions.encoded or {}).values()),
-                   "passes": self.meter.peak - gradients}
+        memory |= {name: nbytes(part.parameters()) for name, part in self.whole.items() if name not in self.resting}
+        memory |= {"Adam": 2 * gradients / shards, "gradients": gradients / shards}
+        largest = max(self.peaks, key=self.peaks.get)
+        memory[largest] = max(0, self.peaks[largest] - gradients)
         if self.args.shard:
             blocks = [block for network in self.networks.values() for block in network.blocks()]
-            largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-            memory["gathered"] = 2 * largest * (self.dtype.itemsize + 4)
+            most = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+            memory["gathered"] = 2 * most * (self.dtype.itemsize + 4)
         if self.on_cpu:
-            memory |= {"saving": min(FILE_SIZE, self.saved / self.world), "Python": PYTHON}
+            memory |= {"prompts": 0 if self.conditions.needs_encoder else nbytes(self.conditions.encoded.values()),
+                       "saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
         return memory
+
+    def checkpoint(self):
+        """Bytes of the larger kind of checkpoint: with the critic, where there is one. See Run.needed_state."""
+        return sum(size for name, size in self.disk.items() if "critic" not in self.disk or "exp_avg" != name[-7:])
 
 
 def nbytes(tensors):
@@ -237,7 +263,7 @@ def report(plan, tflops):
     memory = plan.memory()
     for name, size in (memory | {"together": sum(memory.values())}).items():
         yield f"  {name:14} {size / 1e9:9.3f}"
-    yield f"a checkpoint on disk, GB: {plan.saved / 1e9:.3f}; there are three of them while one is written"
+    yield f"a checkpoint on disk, GB: {plan.checkpoint() / 1e9:.3f}; there are three of them while one is written"
 
 
 def parse_args():
