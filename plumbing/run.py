@@ -297,14 +297,14 @@ class Run(contextlib.ExitStack):
             self.write_log(by_time)
         if due or self.stopping:
             with together(self.rank):
-                save(args.out, self.done, self.needed_state(), self.ema.network, self.options, self.write_student, self.rank,
-                     self.world, self.saving)
+                save(args.out, self.done, self.needed_state(), self.ema.network, self.options, self.write_student,
+                     self.rank, self.world, self.saving)
         if args.samples and due:
             self.write_samples()
 
     def needed_state(self):
-        """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next step
-        replaces. A critic that has not learned yet is as it began."""
+        """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next
+        step replaces. A critic that has not learned yet is as it began."""
         spared = [f"{name}.exp_avg." for name, adam in self.adams.items() if adam.param_groups[0]["betas"][0] == 0]
         if not self.state.get("critic_steps", True):
             spared.append("critic.")

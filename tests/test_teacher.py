@@ -52,7 +52,8 @@ def test_teacher_is_frozen_float32_and_deterministic(tiny):
 def test_a_part_that_rests_visits_the_device_and_goes_back():
     """Also where its work fails, as when memory runs out. On the device already, it stays."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    part = SimpleNamespace(device=cpu, parameters=lambda: iter([part]), to=lambda device: setattr(part, "device", device))
+    part = SimpleNamespace(device=cpu, parameters=lambda: iter([part]))
+    part.to = lambda device: setattr(part, "device", device)
     with pytest.raises(RuntimeError), visiting(part, cuda):
         assert part.device == cuda
         raise RuntimeError("out of memory")

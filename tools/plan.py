@@ -207,9 +207,9 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------ the result
     def memory(self):
-        """{part: bytes of a process}. Of its phases (passes, encoding of prompts, decoding of samples) the largest counts.
-        With --shard it has its share of the loop's networks, Adam and gradients. It also gathers two blocks at a time:
-        their weights, and their gradients in float32."""
+        """{part: bytes of a process}. Of its phases (passes, encoding of prompts, decoding of samples) the largest
+        counts. With --shard it has its share of the loop's networks, Adam and gradients. It also gathers two blocks at
+        a time: their weights, and their gradients in float32."""
         shards = self.world if self.args.shard else 1
         gradients = nbytes(self.trained)
         memory = {name: nbytes(network.own_parameters().values()) / shards for name, network in self.networks.items()}

@@ -1,0 +1,100 @@
+"""Data-free one-step distillers of the embedded teacher side by side: one loop, one budget, one table.
+
+    python -m lab                                           every method; what is measured already is kept
+    python -m lab --only BOOT "SiD, a = 1.2" --seeds 0 1
+    python -m lab --limited                                 the teacher guided as in matching
+    python -m lab --table                                   what is measured, best first
+
+Each method (lab/methods.py) gets as many network evaluations as train.py's default run (lab/loop.py says how they are
+counted). First its three rates are tried at half of them, with seed 0. The best by Frechet distance is then taken with
+all of them, for every seed. Each run is a line of lab/results.jsonl. So a killed table goes on with the lines that it
+lacks, and several processes can share the work, each with its own --only.
+"""
+
+import inspect
+import json
+import time
+from pathlib import Path
+
+from lab.loop import BUDGET, W, distil
+from lab.methods import METHODS
+from plumbing.files import command, new_parser
+from plumbing.processes import pick_device
+from teacher import load_teacher
+from tools.evaluate import Evaluation, teacher_rows
+
+RESULTS, IMAGES = Path(__file__).parent / "results.jsonl", 5000
+FIGURES = {"frechet": ".1f", "to_teacher": ".1f", "precision": ".3f", "recall": ".3f", "align_seen": ".1%",
+           "align_heldout": ".1%"}
+COLUMNS = ("method", "rate", "seeds", *FIGURES, "steps", "networks", "lines")
+
+
+def results():
+    """The lines of lab/results.jsonl."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def measured(args, name, rate, seed, budget):
+    """The line of one run, which is made unless it is there."""
+    key = {"method": name, "limited": args.limited, "rate": rate, "seed": seed, "budget": budget}
+    for line in results():
+        if key.items() <= line.items():
+            return line
+    teacher, began = load_teacher("tiny", args.device), time.time()
+    image_of, lab = distil(METHODS[name], teacher, rate, seed, budget, args.limited)
+    evaluation = Evaluation(lab.g, IMAGES, W, 0)
+    _, reference, _ = teacher_rows(evaluation, [50], False)
+    row, _ = evaluation.measure(image_of, name, reference)
+    line = key | {column: row[column] for column in FIGURES}
+    line |= {"evaluations": lab.spent, "steps": lab.step, "seconds": round(time.time() - began)}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(line, flush=True)
+    return line
+
+
+def run(args, name):
+    """All runs of a method: its rates at half the budget, then the best of them with every seed."""
+    tried = [measured(args, name, rate, 0, BUDGET // 2) for rate in METHODS[name].rates]
+    best = min(tried, key=lambda line: line["frechet"])["rate"]
+    for seed in args.seeds:
+        measured(args, name, best, seed, BUDGET)
+
+
+def table():
+    """Markdown, a row for each method, the best first: means over its seeds, and the range of the Frechet distance."""
+    groups, rows = {}, []
+    for line in results():
+        if line["budget"] == BUDGET:
+            groups.setdefault((line["method"], line["limited"]), []).append(line)
+    for (name, limited), lines in groups.items():
+        method, means = METHODS[name], {c: sum(line[c] for line in lines) / len(lines) for c in (*FIGURES, "steps")}
+        cells = {c: format(means[c], form) for c, form in FIGURES.items()}
+        distances = [line["frechet"] for line in lines]
+        cells["frechet"] += f" ({min(distances):.1f} to {max(distances):.1f})"
+        cells |= {"method": f"{name}, limited" if limited else name, "rate": f"{lines[0]['rate']:g}",
+                  "seeds": len(lines), "steps": round(means["steps"]), "networks": method.networks,
+                  "lines": len(inspect.getsource(method.losses).splitlines())}
+        rows.append((means["frechet"], [str(cells[c]) for c in COLUMNS]))
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells for _, cells in sorted(rows))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main():
+    parser = new_parser(__doc__)
+    option = parser.add_argument
+    option("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+           help=f"of these methods: {'; '.join(METHODS)} (default: all)")
+    option("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    option("--limited", action="store_true", help="guide the teacher where alpha_t >= 0.288 alone")
+    option("--table", action="store_true", help="print what is measured, and train nothing")
+    option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    for name in [] if args.table else args.only:
+        run(args, name)
+    print(table())
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,150 @@
+"""The laboratory's methods on a Gaussian teacher, whose denoiser and trajectories have closed forms.
+
+- A method along the trajectory has nearly no loss for the exact student, and one for a student that is moved.
+- A method of two denoisers leaves a student with the teacher's distribution alone, and draws another towards it.
+- The critic's loss is least for the student's own best denoiser.
+- Progressive distillation halves its steps and takes its student as the teacher.
+- Network evaluations are counted as the page says: 1 forward, 2 more to the weights, 1 more to the sample alone.
+- A killed table goes on with the rows that it lacks.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lab.__main__ as laboratory
+from conftest import PROMPTS, gaussian_denoiser, new_schedule
+from lab import loop
+from lab.methods import METHODS, SCORES
+from plumbing.images import noise
+from signal_ode import add_noise, append_dims, signal
+from student import new_student
+
+MU, S = 0.7, 0.4                                            # the data: N(MU, S**2), every element
+SCHEDULE = new_schedule()
+BATCH, SHAPE = 256, (2, 4, 4)
+EPS = noise([0, 1], (4, 8, 8))
+
+
+def path_end(x_t, t):
+    """Where the trajectory through x_t ends at t = 0."""
+    alpha, sigma = append_dims(SCHEDULE.alpha(t), x_t), append_dims(SCHEDULE.sigma(t), x_t)
+    return MU + (x_t - alpha * MU) * S / (alpha**2 * S**2 + sigma**2).sqrt()
+
+
+def on_path(x_T, t):
+    """The state at t of the trajectory that begins in x_T."""
+    variance, variance_T = (SCHEDULE.alpha(u) ** 2 * S**2 + SCHEDULE.sigma(u) ** 2 for u in (t, SCHEDULE.T))
+    offset = x_T - SCHEDULE.alpha(SCHEDULE.T) * MU
+    return append_dims(SCHEDULE.alpha(t), x_T) * MU + append_dims((variance / variance_T).sqrt(), x_T) * offset
+
+
+def new_lab(**parts):
+    rng = torch.Generator().manual_seed(0)
+    lab = SimpleNamespace(schedule=SCHEDULE, rng=rng, memory={}, step=0, share=0.9)
+    lab.f = gaussian_denoiser(SCHEDULE, MU, S)
+    lab.noise = lambda: torch.randn(BATCH, *SHAPE, generator=rng, dtype=torch.float64)
+    lab.times = lambda noisier=0.0: torch.randint(20, 981, (BATCH,), generator=rng)
+    lab.update = lambda **losses: None
+    vars(lab).update(parts)
+    return lab
+
+
+def exact_student(name, lab, shift):
+    """g(eps, t) whose losses vanish, by the method; moved by a shift."""
+    f_T = lab.f
+
+    def g(eps, t, **condition):
+        t = torch.as_tensor(t).expand(len(eps))
+        start = eps if name == "regression" else add_noise(f_T(eps, SCHEDULE.T), eps, SCHEDULE.T, SCHEDULE)
+        if name == "PID":
+            start = SCHEDULE.sigma(SCHEDULE.T) * eps        # of signal zero
+        y_t = signal(on_path(start, t), eps, t, SCHEDULE)
+        if name == "PID":                                   # y_t is (1 - k / K) times what the network says
+            y_t = y_t / append_dims(1 - (SCHEDULE.lam(t) - SCHEDULE.lam(SCHEDULE.T)).exp(), eps).clamp(min=1e-9)
+        if name == "BOOT, hard boundary":
+            c = append_dims(t / SCHEDULE.T, eps)
+            y_t = (y_t - c * f_T(eps, SCHEDULE.T)) / (1 - c).clamp(min=1e-9)
+        return y_t + shift
+    return g
+
+
+@pytest.mark.parametrize("name", ["regression", "consistency", "TBCM", "PID", "BOOT", "BOOT, hard boundary",
+                                  "FreeFlow's form"])
+def test_the_exact_student_has_nearly_no_loss(name):
+    losses = []
+    for shift in (0.0, 0.2):
+        shift = torch.tensor(shift, dtype=torch.float64, requires_grad=True)
+        lab = new_lab()
+        lab.g = exact_student(name, lab, shift)
+        lab.D = lambda x_t, t, **condition: path_end(x_t, t) + shift * append_dims(t / SCHEDULE.T, x_t)
+        losses.append(METHODS[name].losses(lab, lab.noise(), {})["student"].item())
+    assert losses[0] < 0.2 * losses[1], losses              # what is left is the error of the solver
+
+
+@pytest.mark.parametrize("name", [*SCORES, "TwinFlow without images", "BOOT, then matching"])
+def test_a_student_is_drawn_to_the_teachers_distribution_and_stays_there(name):
+    pulls = []
+    for mean, std in ((MU, S), (0.4, S), (1.0, S)):
+        m = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
+        best = gaussian_denoiser(SCHEDULE, mean, std)
+        lab = new_lab(g=lambda eps, t, **condition: m + std * eps, h=lambda x, t, w=1.0: best(x, t), twin=best, step=1)
+        lab.memory["paths of 25"] = [({}, torch.stack([eps := lab.noise(), MU + S * eps]), None)]
+        losses = METHODS[name].losses(lab, lab.noise(), {})
+        [gradient] = torch.autograd.grad(losses["student"], m)
+        pulls.append(gradient.item())
+    assert abs(pulls[0]) < 1e-6 and pulls[1] < -1e-3 and pulls[2] > 1e-3, pulls
+
+
+def test_the_critic_learns_what_the_student_makes():
+    losses = []
+    for mean in (0.4, 0.3, 0.5):
+        other = gaussian_denoiser(SCHEDULE, mean, S)
+        lab = new_lab(g=lambda eps, t, **condition: 0.4 + S * eps, h=lambda x, t, w=1.0: other(x, t))
+        losses.append(METHODS["Diff-Instruct"].losses(lab, lab.noise(), {})["critic"].item())
+    assert losses[0] < min(losses[1:])
+
+
+def test_progressive_distillation_halves_its_steps():
+    """A point mass is the case in which every number of steps has the same exact student."""
+    lab, asked = new_lab(f=gaussian_denoiser(SCHEDULE, MU, 0.0)), []
+    for share in (0.0, 0.3, 0.99):
+        lab.share = share
+        for shift in (0.0, 0.1):
+            lab.D = lambda x_t, t, **condition: asked.append(t) or torch.full_like(x_t, MU + shift)
+            lab.frozen_copy = lambda: lambda x_t, t, **condition: torch.full_like(x_t, MU)
+            loss = METHODS["progressive"].losses(lab, lab.noise(), {})["student"].item()
+            assert loss < 1e-9 if shift == 0 else loss > 1e-3
+    assert lab.memory.keys() >= {"paths of 32", "paths of 16", "paths of 2", "teacher"}
+    assert asked[-1].eq(SCHEDULE.T).all()
+
+
+def test_evaluations_are_counted_and_networks_learn(tiny, monkeypatch):
+    monkeypatch.setattr(loop, "BATCH", 4)
+    before = new_student(tiny, loop.INPUT_TIME, loop.W).network.state_dict()
+    counted = {"BOOT": 9.25, "SiD, a = 1": 3 + 2 * 2 + (1 + 1 + 2), "Diff-Instruct": 3 + 2 + 3, "PID": 2 * 3 + 2}
+    for name, evaluations in counted.items():
+        image_of, lab = loop.distil(METHODS[name], tiny, 1e-3, budget=4 * evaluations + 1)
+        assert lab.spent == 2 * 4 * evaluations and lab.step == 2, name
+        assert any(not p.equal(before[key]) for key, p in lab.average.state_dict().items())
+    for name in ("consistency", "progressive"):
+        image_of, lab = loop.distil(METHODS[name], tiny, 1e-5, budget=1)
+        condition = tiny.encode(PROMPTS)
+        assert image_of(EPS, **condition).allclose(tiny.denoise(EPS, 1000, **condition), atol=1e-4), name
+
+
+def test_a_killed_table_goes_on(monkeypatch, tmp_path):
+    made, path, table = [], tmp_path / "results.jsonl", laboratory.table
+    trained = None, SimpleNamespace(g=None, spent=1, step=1)
+    monkeypatch.setattr(laboratory, "RESULTS", path)
+    monkeypatch.setattr(laboratory, "distil", lambda *args: made.append(args[2:]) or trained)
+    figures = dict.fromkeys(laboratory.FIGURES, 1.0)
+    monkeypatch.setattr(laboratory, "Evaluation", lambda *args: SimpleNamespace(measure=lambda *args: (figures, None)))
+    monkeypatch.setattr(laboratory, "teacher_rows", lambda *args: (None, None, None))
+    args = SimpleNamespace(seeds=[0, 1], device="cpu", limited=False)
+    laboratory.run(args, "BOOT")
+    assert len(made) == 5 and "| BOOT | 0.0005 | 2 | 1.0 (1.0 to 1.0) |" in table()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    laboratory.run(args, "BOOT")
+    assert len(made) == 7
