@@ -58,7 +58,7 @@ MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
 BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
-MATCH_BETA_1 = 0.0          # This is the critic's, and the student's while the critic learns: momentum makes them lag.
+MATCH_BETA_1 = 0.0          # This is the critic's, and the student's while the critic learns: momentum would lag.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
@@ -269,7 +269,6 @@ def train(args, run):
         indices, *drawn = draw(args.seed, step, run.samples, teacher.shape, T, len(prompts), args.guidance)
         for samples, (eps, t, w, n, tau), condition in run.micro_batches(drawn, run.encode(indices)):
             with run.memory_permitting():
-                x = h = L_BS = L_BC = L_M = L_C = None      # Frees the graphs of a try that ran out of memory.
                 s = (t - delta).clamp(min=0)
                 if args.guidance != 1:                      # w guides the teacher. Student and critic take it as an
                     condition["w"] = w                      # input if --guidance is a range, and else ignore it.
@@ -309,6 +308,7 @@ def train(args, run):
                         L_C = critic_loss(x.detach(), h, tau, schedule).sum() / args.batch
                     run.backward(L_C)
                     run.log(critic=L_C)
+            x = h = L_BS = L_BC = L_M = L_C = None          # Frees the graphs, also of a try that ran out of memory.
 
         # One step of Adam for each network that has learned.
         if critic_learns:

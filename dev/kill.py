@@ -44,6 +44,8 @@ def read_state(out):
 def differences(out, other):
     """{name: largest difference} of the tensors of two runs' states that are not bitwise equal."""
     ours, theirs = read_state(out), read_state(other)
+    if ours.keys() != theirs.keys():
+        raise BadInput(f"{out} and {other} do not hold the same tensors: {sorted(ours.keys() ^ theirs.keys())[:4]}")
     return {name: (tensor - theirs[name]).abs().max().item() for name, tensor in ours.items()
             if not tensor.equal(theirs[name])}
 

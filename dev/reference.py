@@ -84,7 +84,8 @@ class Loop:
         args, schedule = self.args, self.schedule
         match, critic_learns = step >= self.match_from, step >= self.critic_from
         boot = not match or (step + 1) % train.BOOT_EVERY == 0
-        rate, beta_1 = train.learning_rate(step, args, self.match_from), train.MATCH_BETA_1 if match else train.BETA_1
+        rate = train.learning_rate(step, args, self.match_from)
+        beta_1 = train.MATCH_BETA_1 if critic_learns else train.BETA_1
         self.adams["student"].param_groups[0] |= {"lr": rate, "betas": (beta_1, train.BETA_2)}
         for adam in self.adams.values():
             adam.zero_grad()

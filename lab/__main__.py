@@ -6,19 +6,21 @@
     python -m lab --table                                   what is measured, best first
 
 Each method (lab/methods.py) gets as many network evaluations as train.py's default run (lab/loop.py says how they are
-counted). First its three rates are tried at half of them, with seed 0. The best by Frechet distance is then taken with
-all of them, for every seed. Each run is a line of lab/results.jsonl. So a killed table goes on with the lines that it
-lacks, and several processes can share the work, each with its own --only.
+counted). First its three rates are tried at half of them, with seed 0; if the highest is the best, one that is three
+times as high as well. The best by Frechet distance is then taken with all of them, for every seed. Each run is a line
+of lab/results.jsonl. So a killed table goes on with the lines that it lacks, and several processes can share the work,
+each with its own --only. Whoever changes a method has to remove its lines.
 """
 
 import inspect
 import json
+import math
 import time
 from pathlib import Path
 
 from lab.loop import BUDGET, W, distil
-from lab.methods import METHODS
-from plumbing.files import command, new_parser
+from lab.methods import (METHODS, SCORES, boot, boot_hard, critics, direction, random_points, stage, teacher_paths)
+from plumbing.files import BadInput, command, new_parser
 from plumbing.processes import pick_device
 from teacher import load_teacher
 from tools.evaluate import Evaluation, teacher_rows
@@ -42,11 +44,14 @@ def measured(args, name, rate, seed, budget):
             return line
     teacher, began = load_teacher("tiny", args.device), time.time()
     image_of, lab = distil(METHODS[name], teacher, rate, seed, budget, args.limited)
-    evaluation = Evaluation(lab.g, IMAGES, W, 0)
-    _, reference, _ = teacher_rows(evaluation, [50], False)
-    row, _ = evaluation.measure(image_of, name, reference)
-    line = key | {column: row[column] for column in FIGURES}
-    line |= {"evaluations": lab.spent, "steps": lab.step, "seconds": round(time.time() - began)}
+    line = key | {"evaluations": lab.spent, "steps": lab.step, "seconds": round(time.time() - began)}
+    try:
+        evaluation = Evaluation(lab.g, IMAGES, W, 0)
+        _, reference, _ = teacher_rows(evaluation, [50], False)
+        row, _ = evaluation.measure(image_of, name, reference)
+        line |= {column: row[column] for column in FIGURES}
+    except BadInput as error:                               # images that are not finite
+        line |= dict.fromkeys(FIGURES, math.inf) | {"error": str(error)}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
     print(line, flush=True)
@@ -55,8 +60,12 @@ def measured(args, name, rate, seed, budget):
 
 def run(args, name):
     """All runs of a method: its rates at half the budget, then the best of them with every seed."""
-    tried = [measured(args, name, rate, 0, BUDGET // 2) for rate in METHODS[name].rates]
-    best = min(tried, key=lambda line: line["frechet"])["rate"]
+    rates, tried = list(METHODS[name].rates), []
+    for rate in rates:
+        tried.append(measured(args, name, rate, 0, BUDGET // 2))
+        best = min(tried, key=lambda line: line["frechet"])["rate"]
+        if len(tried) == len(METHODS[name].rates) and best == max(rates):
+            rates.append(3 * best)
     for seed in args.seeds:
         measured(args, name, best, seed, BUDGET)
 
@@ -66,18 +75,26 @@ def table():
     groups, rows = {}, []
     for line in results():
         if line["budget"] == BUDGET:
-            groups.setdefault((line["method"], line["limited"]), []).append(line)
-    for (name, limited), lines in groups.items():
+            groups.setdefault((line["method"], line["limited"], line["rate"]), []).append(line)
+    for (name, limited, rate), lines in groups.items():
         method, means = METHODS[name], {c: sum(line[c] for line in lines) / len(lines) for c in (*FIGURES, "steps")}
         cells = {c: format(means[c], form) for c, form in FIGURES.items()}
         distances = [line["frechet"] for line in lines]
         cells["frechet"] += f" ({min(distances):.1f} to {max(distances):.1f})"
-        cells |= {"method": f"{name}, limited" if limited else name, "rate": f"{lines[0]['rate']:g}",
+        cells |= {"method": f"{name}, limited" if limited else name, "rate": f"{rate:g}",
                   "seeds": len(lines), "steps": round(means["steps"]), "networks": method.networks,
-                  "lines": len(inspect.getsource(method.losses).splitlines())}
+                  "lines": sum(len(inspect.getsource(part).splitlines()) for part in parts(name))}
         rows.append((means["frechet"], [str(cells[c]) for c in COLUMNS]))
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells for _, cells in sorted(rows))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def parts(name):
+    """The functions that make a method, but for those of signal_ode.py and matching.py."""
+    helpers = {"regression": (teacher_paths,), "progressive": (teacher_paths, random_points, stage),
+               "consistency": (teacher_paths, random_points), "TBCM": (teacher_paths, random_points),
+               "BOOT, then matching": (boot,), "FreeFlow's form": (boot_hard,), "TwinFlow without images": (direction,)}
+    return METHODS[name].losses, *helpers.get(name, ()), *((critics, direction) if name in SCORES else ())
 
 
 def main():

@@ -5,8 +5,7 @@
 
 A method is a function of lab/methods.py. A run ends when its network evaluations are spent, so that methods of
 different cost can be compared. A forward pass of one sample is one evaluation, a backward pass to the weights is two
-more, and a backward pass to the sample alone is one more. The rate is warmed up over the first 4% of them, and falls to
-zero over the last 60%. The student that counts is the average (EMA) of its weights.
+more, and a backward pass to the sample alone is one more. The student that counts is the average (EMA) of its weights.
 """
 
 import copy
@@ -14,14 +13,13 @@ import functools
 
 import torch
 
-from matching import limited_guidance
+from matching import LEAST_SIGNAL, limited_guidance
 from plumbing.prompts import Conditions, training_prompts
-from signal_ode import cfg, clean_prediction
+from signal_ode import clean_prediction
 from student import Critic, Student, new_critic, new_student, set_trainable
 
-BUDGET = 467_000        # evaluations of train.py's default run
-BATCH, W, INPUT_TIME = 32, 3.0, 600
-WARMUP, DECAY, EMA = 0.04, 0.6, 0.99
+BUDGET = 474_000        # evaluations of train.py's default run
+BATCH, W, INPUT_TIME, EMA = 32, 3.0, 600, 0.99
 
 
 def distil(method, teacher, rate, seed=0, budget=BUDGET, limited=False):
@@ -36,8 +34,9 @@ def distil(method, teacher, rate, seed=0, budget=BUDGET, limited=False):
         condition = {name: value.to(teacher.device) for name, value in encode(numbers).items()}
         lab.update(**method.losses(lab, lab.noise(), condition))
         lab.step += 1
-        decay = min(EMA, lab.step / (lab.step + 9))         # a shorter memory at first
-        torch._foreach_lerp_(list(lab.average.parameters()), list(lab.networks["student"].parameters()), 1 - decay)
+        with torch.no_grad():
+            decay = min(EMA, lab.step / (lab.step + 9))     # a shorter memory at first
+            torch._foreach_lerp_(list(lab.average.parameters()), list(lab.networks["student"].parameters()), 1 - decay)
     if method.kind == "denoiser":
         return functools.partial(predict, Critic(lab.average, lab.student), t=teacher.schedule.T), lab
     return functools.partial(Student(lab.average, teacher, INPUT_TIME, W), t=0), lab
@@ -47,44 +46,45 @@ class Lab:
     """What a method works with.
 
         .schedule
-        .f, .g, .D, .h, .twin           see lab/methods.py; a student is either g or D
-        .noise(), .times(noisier)       fresh noise (B, C, h, w), and times (B,) between 0.02 T and 0.98 T
+        .f, .g, .D, .h, .twin           see lab/methods.py; of g and D one is the student
+        .limited                        f, guided where alpha_t >= 0.288 alone
+        .empty(condition), .scales(w, t)    what a critic's guidance takes: the empty condition, and w (B,)
+        .noise(), .times()              fresh noise (B, C, h, w), and times (B,) between 0.02 T and 0.98 T
         .update(student=L, critic=L)    a step of Adam for each network that is named
         .frozen_copy()                  of a student D
         .step, .spent, .share           steps made, evaluations spent, their share of the budget
         .memory, .rng                   what a method keeps from step to step; the source of all that is drawn"""
 
     def __init__(self, method, teacher, rate, seed, limited):
-        self.teacher, self.schedule, self.memory = teacher, teacher.schedule, {}
+        self.method, self.teacher, self.schedule, self.memory = method, teacher, teacher.schedule, {}
         self.step = self.spent = self.share = 0
         self.rng = torch.Generator().manual_seed(seed)
-        self.f = functools.partial(teacher.denoise, w=W)
-        if limited:
-            self.f = functools.partial(limited_guidance, teacher.denoise, schedule=teacher.schedule, w=W)
+        self.limited = functools.partial(limited_guidance, teacher.denoise, schedule=teacher.schedule, w=W)
+        self.f = self.limited if limited else functools.partial(teacher.denoise, w=W)
         self.student = self.g = new_student(teacher, INPUT_TIME, W)
         set_trainable(self.g.network)
         if method.kind == "denoiser":
             self.student = new_critic(self.g)               # the teacher's network as it is
+            set_trainable(self.student.network)
             self.D = functools.partial(predict, self.student)
         self.average = copy.deepcopy(self.student.network).requires_grad_(False)
-        self.networks, self.rates = {"student": self.student.network}, {"student": rate}
+        self.networks, self.rates = {"student": self.student.network}, {"student": rate, "critic": rate * method.critic}
         if method.critic:
-            self.critic = new_critic(self.g)
-            self.networks["critic"], self.rates["critic"] = self.critic.network, rate * method.critic
+            self.h = new_critic(self.g)
+            self.networks["critic"] = self.h.network
         self.adams = {}
         for name, network in self.networks.items():
             learned = [p for p in network.parameters() if p.requires_grad]
-            self.adams[name] = torch.optim.AdamW(learned, betas=(method.beta_1, 0.99), weight_decay=0.0)
+            self.adams[name] = torch.optim.AdamW(learned, weight_decay=0.0)
         for network in (teacher.unet, *self.networks.values()):
             count_evaluations(network, self)
 
-    def h(self, x_t, t, w=1.0, **condition):
-        """The critic's prediction, guided by w."""
-        h = self.critic(x_t, t, **condition)
-        if w == 1:
-            return h
-        empty = {name: self.teacher.uncond[name].expand_as(value) for name, value in condition.items()}
-        return cfg(h, self.critic(x_t, t, **empty), w)
+    def empty(self, condition):
+        return {name: self.teacher.uncond[name].expand_as(value) for name, value in condition.items()}
+
+    def scales(self, w, t):
+        limited = self.f is self.limited
+        return torch.where(self.schedule.alpha(t) >= LEAST_SIGNAL, w, 1.0) if limited else torch.full_like(t, w).float()
 
     def twin(self, x_t, t, **condition):
         """The prediction of the student's own network, told x_t, and T as its target time."""
@@ -94,23 +94,24 @@ class Lab:
 
     def frozen_copy(self):
         copied = new_critic(self.g)
-        copied.network.load_state_dict(self.student.network.state_dict())
+        copied.network.load_state_dict(self.average.state_dict())
         count_evaluations(copied.network.requires_grad_(False), self)
         return functools.partial(predict, copied)
 
     def noise(self):
         return torch.randn(BATCH, *self.teacher.shape, generator=self.rng).to(self.teacher.device)
 
-    def times(self, noisier=0.0):
-        u = torch.rand(BATCH, generator=self.rng) ** (1 - noisier)
+    def times(self):
+        u = torch.rand(BATCH, generator=self.rng)
         return (self.schedule.T * (0.02 + 0.96 * u)).long().to(self.teacher.device)
 
     def update(self, **losses):
         sum(losses.values()).backward()
-        ramp = min(1.0, self.share / WARMUP) * min(1.0, (1 - self.share) / DECAY)
+        ramp = dict(zip(("student", "critic"), self.method.ramp(self.share)))
+        beta_1 = 0.0 if "critic" in losses else self.method.beta_1          # momentum would lag
         for name in losses:
             group = self.adams[name].param_groups[0]
-            group["lr"] = self.rates[name] * ramp
+            group |= {"lr": self.rates[name] * ramp[name], "betas": (beta_1, 0.99)}
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             self.adams[name].step()
         for adam in self.adams.values():

@@ -5,14 +5,18 @@
 
 The data are a mixture of Gaussians. Its denoiser f is known exactly, so the teacher has no error of its own. The
 student starts as train.py's does: g(eps, t) is the teacher's prediction at a fixed time, plus a network whose last
-layer is zero. The losses are the functions that train.py calls. The six panels:
+layer is zero. The losses are the functions that train.py calls. The panels, where a circle is a Gaussian of the data
+and a colour is the direction of eps:
 
-    teacher             DDIM's paths in the space of x, from noise to data
-    Signal-ODE          the same trajectories by their signal y_t: they begin at y_T, near the mean of the data
-    before              what the student makes of noise; its colour is the direction of its eps, here and below
-    after BOOT          the teacher's map of noise to data, but for what lies between the modes
-    after matching      every sample is drawn to a mode
-    without boundary    BOOT with beta = 0: nothing holds the noise end, and the whole map is lost
+    teacher, x_t                DDIM's paths, from noise to data
+    teacher, y_t                the same by their signal, the Signal-ODE: they begin near the mean of the data
+    teacher: map                where DDIM takes noise
+    student before              what the student makes of the same noise
+    student after BOOT, y_t     its paths: g(eps, t) for t from T to 0, each point made in one pass
+    the same without boundary   BOOT with beta = 0: no loss says where a path begins, so it begins where it did
+    after BOOT: map             the teacher's map, but for the lines between the circles. The teacher tears neighbouring
+                                noises apart there, and the student, which is smooth, averages
+    after matching: map         the lines are drawn into the circles
 """
 
 import math
@@ -27,7 +31,8 @@ from signal_ode import Schedule, append_dims, boot_losses, solve
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
-STEPS, BATCH, LR = 1500, 512, 2e-3
+STEPS, BATCH, LR = 1500, 256, 2e-3
+MATCH_LR, HEAD_START = 2e-4, 200          # of the student; steps in which the critic learns alone
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
@@ -64,22 +69,27 @@ def new_student():
 
 
 def train(network, student, beta=0.1, match=False):
-    """So many steps of BOOT, or of matching with its critic. The rate falls to zero."""
-    critic_network = Net()
+    """So many steps of BOOT, or of matching with its critic. The student's rate falls to zero."""
+    critic_network, beta_1 = Net(), 0.0 if match else 0.9
+
     def critic(x_t, t):
         return teacher(x_t, t) + critic_network(x_t, t)
-    adam = torch.optim.Adam([*network.parameters(), *critic_network.parameters()], LR, (0.0 if match else 0.9, 0.99))
+    adam = torch.optim.Adam(network.parameters(), betas=(beta_1, 0.99))
+    critic_adam = torch.optim.Adam(critic_network.parameters(), LR, betas=(0.0, 0.99))
     for step in range(STEPS):
-        adam.param_groups[0]["lr"] = LR * (1 - step / STEPS) * (0.2 if match else 1)
+        adam.param_groups[0]["lr"] = (MATCH_LR if match else LR) * (1 - step / STEPS)
         eps, n = torch.randn(2, BATCH, 2)
         t, tau = torch.randint(1, T + 1, (BATCH,)), torch.randint(20, 981, (BATCH,))
         if match:
             x = student(eps, 0)
             L_M, h = matching_loss(x, teacher, critic, n, tau, SCHEDULE)
-            loss = L_M.mean() + critic_loss(x.detach(), h, tau, SCHEDULE).mean()
+            critic_adam.zero_grad()
+            critic_loss(x.detach(), h, tau, SCHEDULE).mean().backward()
+            critic_adam.step()
+            loss = L_M.mean() if step > HEAD_START else 0 * L_M.mean()
         else:
-            s = (t - DELTA).clamp(min=0)
-            L_BS, L_BC = boot_losses(student, teacher, eps, t, s, SCHEDULE, slice(0, None, 4), "heun")
+            s, boundary = (t - DELTA).clamp(min=0), slice(0, None, 4)
+            L_BS, L_BC = boot_losses(student, teacher, eps, t, s, SCHEDULE, boundary, "heun")
             loss = L_BS.mean() + beta * L_BC.mean()
         adam.zero_grad()
         loss.backward()
@@ -94,17 +104,22 @@ def main():
     check_new(args.out)
     torch.manual_seed(args.seed)
     eps, grid = torch.randn(1500, 2), SCHEDULE.grid(50)
-    panels = {"teacher: DDIM in x": solve(teacher, eps[:60], grid, SCHEDULE, space="x"),
-              "Signal-ODE: the same in y": solve(teacher, eps[:60], grid, SCHEDULE, space="y")}
+    few = eps[:60]
     network, student = new_student()
-    panels["student before"] = student(eps, 0).detach()
+    with torch.no_grad():
+        panels = {"teacher, $x_t$": solve(teacher, few, grid, SCHEDULE, space="x"),
+                  "teacher, $y_t$: the Signal-ODE": solve(teacher, few, grid, SCHEDULE, space="y"),
+                  "teacher: map of noise to data": solve(teacher, eps, grid, SCHEDULE, space="x")[-1],
+                  "student before: map": student(eps, 0)}
     train(network, student)
-    panels["after BOOT"] = student(eps, 0).detach()
+    after_boot = student(eps, 0).detach()
+    panels["student after BOOT, $y_t$"] = [student(few, t).detach() for t in grid]
+    other_network, other = new_student()
+    train(other_network, other, beta=0.0)
+    panels["the same without boundary loss"] = [other(few, t).detach() for t in grid]
+    panels["after BOOT: map"] = after_boot
     train(network, student, match=True)
-    panels["after matching"] = student(eps, 0).detach()
-    network, student = new_student()
-    train(network, student, beta=0.0)
-    panels["BOOT without boundary loss"] = student(eps, 0).detach()
+    panels["after matching: map"] = student(eps, 0).detach()
     draw(panels, eps, args.out)
 
 
@@ -114,7 +129,7 @@ def draw(panels, eps, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     colours = pyplot.cm.hsv(torch.atan2(eps[:, 1], eps[:, 0]) / math.tau + 0.5)
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.4), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(2, 4, figsize=(14, 7.2), sharex=True, sharey=True)
     for axis, (name, panel) in zip(axes.flat, panels.items(), strict=True):
         axis.set(title=name, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[])
         if isinstance(panel, list):

@@ -151,7 +151,7 @@ def sha256(path):
 
 def load(folder, state, spared=()):
     """Fill a process's state with its share of a checkpoint, whichever processes wrote that. Raises BadInput.
-    `spared`: the beginnings of names of which the checkpoint may have none. Those tensors stay as they are."""
+    `spared`: prefixes. If the checkpoint has no name with one of them, those tensors stay as they are."""
     reader = dcp.HuggingFaceStorageReader(folder)
     with parsing(folder):
         saved = reader.read_metadata().state_dict_metadata

@@ -53,20 +53,20 @@ def training_prompts(teacher, path=None):
 
 class Conditions:
     """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, and
-    kept on the CPU. They are encoded in parts of 64 in every process, because the last bits depend on a part's size.
+    kept on the CPU: in parts of 64, which are the same in every process, since the last bits depend on a part's size.
     .needs_encoder: whether the text encoder is still needed."""
 
     def __init__(self, teacher, prompts):
         self.teacher, self.prompts = teacher, prompts
         self.needs_encoder = len(prompts) > FEW
         if not self.needs_encoder:
-            self.encoded = {name: value.cpu() for name, value in self.encode(prompts).items()}
+            self.encoded = {name: value.cpu() for name, value in self.encode_texts(prompts).items()}
 
     def __call__(self, numbers):
         if self.needs_encoder:
-            return self.encode([self.prompts[k] for k in numbers])
+            return self.encode_texts([self.prompts[k] for k in numbers])
         return {name: value[numbers] for name, value in self.encoded.items()}
 
-    def encode(self, prompts):
+    def encode_texts(self, prompts):
         parts = [self.teacher.encode(prompts[first:first + PART]) for first in range(0, len(prompts), PART)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -304,7 +304,7 @@ class Run(contextlib.ExitStack):
 
     def needed_state(self):
         """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next
-        step replaces. A critic that has not learned yet is as it began."""
+        step replaces (unless --steps has moved matching). A critic that has not learned yet is as it began."""
         spared = [f"{name}.exp_avg." for name, adam in self.adams.items() if adam.param_groups[0]["betas"][0] == 0]
         if not self.state.get("critic_steps", True):
             spared.append("critic.")

@@ -150,13 +150,13 @@ def load_module(network, folder, device, dtype, stem=STEM):
 
 @contextlib.contextmanager
 def visiting(module, device):
-    """Move a module to the device for as long as it is needed, if it rests elsewhere."""
-    home = next(module.parameters()).device
-    if home.type == device.type:
+    """Move a module to the device for as long as it is needed, if it rests elsewhere. Its weights there stay."""
+    home = module.state_dict()
+    if next(iter(home.values())).device.type == device.type:
         yield
         return
-    module.to(device)
     try:
+        module.to(device)
         yield
     finally:
-        module.to(home)
+        module.load_state_dict(home, assign=True)

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import plumbing.processes
+import plumbing.prompts
 import plumbing.run
 import train
 from conftest import TINY, copy_tiny, edit, new_schedule, slow
@@ -122,6 +123,16 @@ def test_a_stopped_run_saves_at_the_next_step_and_resumes_bitwise(tmp_path, opti
     [code], printed = train_forked(parts, 1, *options)
     assert code == 0 and "stopped at step 1; the same command goes on" in printed, printed
     assert f"resuming at step {step}" in printed and not differences(tmp_path / "whole", parts)
+
+
+def test_many_prompts_are_encoded_step_by_step(tmp_path, monkeypatch):
+    """By a text encoder that may rest, with the same student as where all are encoded first."""
+    options = ["--teacher", "tiny", *QUICK[2:], "--grad-checkpointing"]
+    for few in (10**6, 1):
+        monkeypatch.setattr(plumbing.prompts, "FEW", few)
+        assert train_forked(tmp_path / str(few), 1, *options)[0] == [0]
+    one, other = student(tmp_path / "1"), student(tmp_path / str(10**6))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=2e-5) for name in one)
 
 
 def test_a_checkpoint_holds_what_the_run_needs_to_go_on(tmp_path):

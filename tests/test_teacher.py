@@ -14,7 +14,6 @@
 import contextlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,17 +50,14 @@ def test_teacher_is_frozen_float32_and_deterministic(tiny):
 
 def test_a_part_that_rests_visits_the_device_and_goes_back():
     """Also where its work fails, as when memory runs out. On the device already, it stays."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    part = SimpleNamespace(device=cpu, parameters=lambda: iter([part]))
-    part.to = lambda device: setattr(part, "device", device)
-    with pytest.raises(RuntimeError), visiting(part, cuda):
-        assert part.device == cuda
-        raise RuntimeError("out of memory")
-    assert part.device == cpu
-    part.device = cuda
-    with visiting(part, cuda):
-        pass
-    assert part.device == cuda
+    part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
+    places = [p.data_ptr() for p in part.parameters()]
+    for place in ("meta", "cpu"):
+        with pytest.raises(RuntimeError), visiting(part, torch.device(place)):
+            assert {p.device.type for p in part.parameters()} == {place}
+            raise RuntimeError("out of memory")
+        assert [p.data_ptr() for p in part.parameters()] == places
+        assert not any(p.requires_grad for p in part.parameters())
 
 
 def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):

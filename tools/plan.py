@@ -130,7 +130,7 @@ class Plan:
         self.conditions, self.resting = Conditions(teacher, self.prompts), set()
         if not self.on_cpu:                                 # see Run.begin
             spared = self.args.grad_checkpointing or not self.conditions.needs_encoder
-            self.resting = {"VAE", "text encoder"} if spared else {"VAE"}
+            self.resting = self.whole.keys() & ({"VAE", "text encoder"} if spared else {"VAE"})
 
     # ------------------------------------------------------------------------------------------------- the loop
     def steps(self):
@@ -145,22 +145,22 @@ class Plan:
                 self.teacher.vae.decode(self.to_device(torch.empty(num, *self.teacher.shape)))
 
     def zero_grad(self):
-        """Forget the gradients. All micro-batches but the first find those of the ones before, and need more memory."""
         for p in self.trained:
             p.grad = None
-        if self.local_batch > self.micro_batch:
-            with self.meter:
-                for p in self.trained:
-                    p.grad = torch.zeros_like(p)
 
     def encode(self, numbers):
-        with self.phase("encoding", "text encoder"):
+        with self.phase("encoding", "text encoder" if self.conditions.needs_encoder else None):
             condition = self.conditions(numbers)
         self.log(text=None)
         return condition
 
     def micro_batches(self, drawn, condition):
-        """So few samples that their share of boundary losses is that of the batch."""
+        """So few samples that their share of boundary losses is that of the batch. Of several micro-batches all but the
+        first find the gradients of those before, and need more memory."""
+        if self.local_batch > self.micro_batch:
+            with self.meter:
+                for p in self.trained:
+                    p.grad = torch.zeros_like(p)
         _, flops = self.kinds[-1]
         flops["text"] /= self.local_batch
         num = min(self.local_batch, math.lcm(self.micro_batch, train.BOUNDARY_EVERY))
@@ -228,7 +228,8 @@ class Plan:
 
     def checkpoint(self):
         """Bytes of the larger kind of checkpoint: with the critic, where there is one. See Run.needed_state."""
-        return sum(size for name, size in self.disk.items() if "critic" not in self.disk or "exp_avg" != name[-7:])
+        spared = ".exp_avg" if "critic" in self.disk else "nothing"
+        return sum(size for name, size in self.disk.items() if not name.endswith(spared))
 
 
 def nbytes(tensors):
