@@ -139,7 +139,7 @@ def draw(panels, eps, path):
         else:
             axis.scatter(*panel.T, c=colours, s=3)
         axis.scatter(*MEANS.T, marker="o", s=350, facecolors="none", edgecolors="grey", linewidths=0.7)
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2)
     figure.savefig(path, dpi=110)
 
 

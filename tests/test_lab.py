@@ -5,17 +5,18 @@
 - The critic's loss is least for the student's own best denoiser.
 - Progressive distillation halves its steps and takes its student as the teacher.
 - Network evaluations are counted as the page says: 1 forward, 2 more to the weights, 1 more to the sample alone.
-- A killed table goes on with the rows that it lacks.
+- A killed table goes on with the rows that it lacks. In two dimensions the teacher is exact, and a picture is drawn.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import lab.__main__ as laboratory
 from conftest import PROMPTS, gaussian_denoiser, new_schedule
-from lab import loop
+from lab import loop, toy
 from lab.methods import METHODS, SCORES
 from plumbing.images import noise
 from signal_ode import add_noise, append_dims, signal
@@ -157,3 +158,23 @@ def test_a_killed_table_goes_on(monkeypatch, tmp_path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     laboratory.run(args, "BOOT")
     assert len(made) == 7
+
+
+def test_the_teacher_in_two_dimensions_is_exact():
+    """Tweedie: f = (x_t + sigma^2 * the gradient of log p(x_t)) / alpha, with p a mixture of Gaussians."""
+    x_t = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for t in (20, 400, 1000):
+        alpha, sigma = toy.SCHEDULE.alpha(t), toy.SCHEDULE.sigma(t)
+        variance = (alpha * toy.STD) ** 2 + sigma**2
+        distance = (x_t[:, None] - alpha * toy.MEANS).square().sum(2)
+        log_p = (toy.WEIGHTS.log() - distance / (2 * variance)).logsumexp(1)
+        [score] = torch.autograd.grad(log_p.sum(), x_t)
+        assert torch.allclose(toy.teacher(x_t, t), ((x_t + sigma**2 * score) / alpha).float(), atol=1e-3)
+
+
+def test_boot_in_two_dimensions_is_drawn(call, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(toy, "STEPS", 3)
+    monkeypatch.setattr(toy, "HEAD_START", 1)
+    code, _, error = call("lab.toy", "--out", tmp_path / "toy.png")
+    assert code == 0 and Image.open(tmp_path / "toy.png").width > 1000, error
