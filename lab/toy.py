@@ -26,29 +26,30 @@ from torch import nn
 
 from matching import critic_loss, matching_loss
 from plumbing.files import check_new, command, new_parser, user_path
-from signal_ode import Schedule, append_dims, boot_losses, solve
+from signal_ode import Schedule, boot_losses, solve
 
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
-STEPS, BATCH, LR = 1500, 256, 2e-3
-MATCH_LR, HEAD_START = 2e-4, 200          # of the student; steps in which the critic learns alone
+POINTS, BATCH = 16, 24      # A sample is a set of 16 points with one time, because matching.py divides by a sample's mean.
+STEPS, LR, MATCH_LR, HEAD_START = 1500, 2e-3, 5e-4, 300         # HEAD_START: steps in which the critic learns alone
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
 def teacher(x_t, t):
-    """f(x_t, t) = E[x_0 | x_t], (B, 2): each Gaussian's own mean given x_t, weighted by how likely it made x_t."""
+    """f(x_t, t) = E[x_0 | x_t], (B, N, 2) of N points: each Gaussian's own mean given x_t, weighted by how likely it made
+    x_t."""
     t = torch.as_tensor(t).expand(len(x_t))
-    alpha, sigma = append_dims(SCHEDULE.alpha(t), x_t), append_dims(SCHEDULE.sigma(t), x_t)         # (B, 1)
-    variance = (alpha * STD) ** 2 + sigma**2                                                        # of x_t, (B, 1)
-    offset = x_t[:, None] - alpha[:, None] * MEANS                                                  # (B, 5, 2)
-    log_likelihood = WEIGHTS.log() - offset.square().sum(2) / (2 * variance)                        # (B, 5)
-    each = MEANS + (alpha * STD**2 / variance)[:, None] * offset                                    # (B, 5, 2)
-    return (log_likelihood.softmax(1)[:, :, None] * each).sum(1)
+    alpha, sigma = (scale(t).float()[:, None, None] for scale in (SCHEDULE.alpha, SCHEDULE.sigma))  # (B, 1, 1)
+    variance = (alpha * STD) ** 2 + sigma**2                                                        # of x_t
+    offset = x_t[..., None, :] - alpha[..., None] * MEANS                                           # (B, N, 5, 2)
+    log_likelihood = WEIGHTS.log() - offset.square().sum(-1) / (2 * variance)                       # (B, N, 5)
+    each = MEANS + (alpha * STD**2 / variance)[..., None] * offset                                  # (B, N, 5, 2)
+    return (log_likelihood.softmax(-1)[..., None] * each).sum(-2)
 
 
 class Net(nn.Module):
-    """A correction (B, 2) of points (B, 2) at times (B,), zero before training."""
+    """A correction (B, N, 2) of points (B, N, 2) at times (B,), zero before training."""
 
     def __init__(self, width=128):
         super().__init__()
@@ -59,7 +60,8 @@ class Net(nn.Module):
 
     def forward(self, x, t):
         angles = torch.as_tensor(t).expand(len(x))[:, None] / T * math.pi * 2.0 ** torch.arange(4)  # (B, 4)
-        return self.layers(torch.cat([x, angles.sin(), angles.cos()], 1))
+        time = torch.cat([angles.sin(), angles.cos()], 1)[:, None].expand(*x.shape[:2], 8)
+        return self.layers(torch.cat([x, time], 2))
 
 
 def new_student():
@@ -78,7 +80,7 @@ def train(network, student, beta=0.1, match=False):
     critic_adam = torch.optim.Adam(critic_network.parameters(), LR, betas=(0.0, 0.99))
     for step in range(STEPS):
         adam.param_groups[0]["lr"] = (MATCH_LR if match else LR) * (1 - step / STEPS)
-        eps, n = torch.randn(2, BATCH, 2)
+        eps, n = torch.randn(2, BATCH, POINTS, 2)
         t, tau = torch.randint(1, T + 1, (BATCH,)), torch.randint(20, 981, (BATCH,))
         if match:
             x = student(eps, 0)
@@ -103,8 +105,8 @@ def main():
     args = parser.parse_args()
     check_new(args.out)
     torch.manual_seed(args.seed)
-    eps, grid = torch.randn(1500, 2), SCHEDULE.grid(50)
-    few = eps[:60]
+    eps, grid = torch.randn(1, 1500, 2), SCHEDULE.grid(50)
+    few = eps[:, :60]
     network, student = new_student()
     with torch.no_grad():
         panels = {"teacher, $x_t$": solve(teacher, few, grid, SCHEDULE, space="x"),
@@ -128,16 +130,16 @@ def draw(panels, eps, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    colours = pyplot.cm.hsv(torch.atan2(eps[:, 1], eps[:, 0]) / math.tau + 0.5)
+    colours = pyplot.cm.hsv(torch.atan2(eps[0, :, 1], eps[0, :, 0]) / math.tau + 0.5)
     figure, axes = pyplot.subplots(2, 4, figsize=(14, 7.2), sharex=True, sharey=True)
     for axis, (name, panel) in zip(axes.flat, panels.items(), strict=True):
         axis.set(title=name, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[])
         if isinstance(panel, list):
-            for line, colour in zip(torch.stack(panel, 1), colours):
+            for line, colour in zip(torch.cat(panel).transpose(0, 1), colours):
                 axis.plot(*line.T, color=colour, linewidth=0.7)
                 axis.plot(*line[-1:].T, ".", color="black", markersize=3)
         else:
-            axis.scatter(*panel.T, c=colours, s=3)
+            axis.scatter(*panel[0].T, c=colours, s=3)
         axis.scatter(*MEANS.T, marker="o", s=350, facecolors="none", edgecolors="grey", linewidths=0.7)
     figure.tight_layout(h_pad=2)
     figure.savefig(path, dpi=110)
