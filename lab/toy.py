@@ -31,14 +31,13 @@ from signal_ode import Schedule, boot_losses, solve
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
-POINTS, BATCH = 16, 24      # A sample is a set of 16 points with one time, because matching.py divides by a sample's mean.
+POINTS, BATCH = 16, 24      # a sample is a set of 16 points with one time, since matching.py divides by a sample's mean
 STEPS, LR, MATCH_LR, HEAD_START = 1500, 2e-3, 5e-4, 300         # HEAD_START: steps in which the critic learns alone
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
 def teacher(x_t, t):
-    """f(x_t, t) = E[x_0 | x_t], (B, N, 2) of N points: each Gaussian's own mean given x_t, weighted by how likely it made
-    x_t."""
+    """f(x_t, t) = E[x_0 | x_t], (B, N, 2) of N points: each Gaussian's mean given x_t, by how likely it made x_t."""
     t = torch.as_tensor(t).expand(len(x_t))
     alpha, sigma = (scale(t).float()[:, None, None] for scale in (SCHEDULE.alpha, SCHEDULE.sigma))  # (B, 1, 1)
     variance = (alpha * STD) ** 2 + sigma**2                                                        # of x_t
