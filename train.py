@@ -64,7 +64,7 @@ MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
     "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500), "lora_lr": (3e-3, 1e-4),
-    "lora_critic_lr": (4e-4, 1e-4)}                         # the rates with --lora
+    "lora_critic_lr": (8e-4, 1e-4)}                         # the rates with --lora
 LIMITS = {
     "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
     "lora": Number(int, 0, 4096), "lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
