@@ -1,6 +1,6 @@
 """BOOT in two dimensions, where everything can be seen: a teacher without a network, and a student that is a small one.
 
-    python -m lab.toy                               half a minute, and a picture: toy.png
+    python -m lab.toy                               a minute or two on one core, and a picture: toy.png
     python -m lab.toy --out docs/toy.png
 
 The data are a mixture of Gaussians. Its denoiser f is known exactly, so the teacher has no error of its own. The
@@ -16,7 +16,7 @@ and a colour is the direction of eps:
     the same without boundary   BOOT with beta = 0: no loss says where a path begins, so it begins where it did
     after BOOT: map             the teacher's map, but for the lines between the circles. The teacher tears neighbouring
                                 noises apart there, and the student, which is smooth, averages
-    after matching: map         the lines are drawn into the circles
+    after matching: map         much the same yet: so small a critic is not exact between the circles
 """
 
 import math

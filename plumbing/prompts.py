@@ -53,7 +53,7 @@ def training_prompts(teacher, path=None):
 
 class Conditions:
     """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, and
-    kept on the CPU: in parts of 64, which are the same in every process, since the last bits depend on a part's size.
+    kept on the CPU. The parts of 64 are then the same in every process, and so are the last bits, which depend on them.
     .needs_encoder: whether the text encoder is still needed."""
 
     def __init__(self, teacher, prompts):
