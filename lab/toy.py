@@ -1,6 +1,6 @@
 """BOOT in two dimensions, where everything can be seen: a teacher without a network, and a student that is a small one.
 
-    python -m lab.toy                               a minute or two on one core, and a picture: toy.png
+    python -m lab.toy                               half a minute or more on one core, and a picture: toy.png
     python -m lab.toy --out docs/toy.png
 
 The data are a mixture of Gaussians. Its denoiser f is known exactly, so the teacher has no error of its own. The
@@ -16,7 +16,8 @@ and a colour is the direction of eps:
     the same without boundary   BOOT with beta = 0: no loss says where a path begins, so it begins where it did
     after BOOT: map             the teacher's map, but for the lines between the circles. The teacher tears neighbouring
                                 noises apart there, and the student, which is smooth, averages
-    after matching: map         much the same yet: so small a critic is not exact between the circles
+    after matching: map         the lines are about as broad as a Gaussian: matching brings back the spread that
+                                averaging lost. They are not gone, since so small a network is not steep enough
 """
 
 import math
@@ -31,8 +32,8 @@ from signal_ode import Schedule, boot_losses, solve
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
-POINTS, BATCH = 16, 24      # a sample is a set of 16 points with one time, since matching.py divides by a sample's mean
-STEPS, LR, MATCH_LR, HEAD_START = 1500, 2e-3, 5e-4, 300         # HEAD_START: steps in which the critic learns alone
+POINTS, BATCH = 4, 96       # a sample is a set of 4 points with one time, since matching.py divides by a sample's mean
+STEPS, LR, MATCH_LR, HEAD_START = 1200, 2e-3, 5e-4, 240         # HEAD_START: steps in which the critic learns alone
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
@@ -73,8 +74,8 @@ def train(network, student, beta=0.1, match=False):
     """So many steps of BOOT, or of matching with its critic. The student's rate falls to zero."""
     critic_network, beta_1 = Net(), 0.0 if match else 0.9
 
-    def critic(x_t, t):
-        return teacher(x_t, t) + critic_network(x_t, t)
+    def critic(x_t, t):                                     # what it has to correct vanishes with the noise
+        return teacher(x_t, t) + SCHEDULE.sigma(t).float()[:, None, None] * critic_network(x_t, t)
     adam = torch.optim.Adam(network.parameters(), betas=(beta_1, 0.99))
     critic_adam = torch.optim.Adam(critic_network.parameters(), LR, betas=(0.0, 0.99))
     for step in range(STEPS):

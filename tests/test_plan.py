@@ -74,8 +74,10 @@ def test_a_plan_is_for_any_device_and_number_of_processes(call, tmp_path):
     options = ["--teacher", "tiny-pixel", "--steps", 40, "--match", 0, "--out", tmp_path / "run", "--device", "cuda"]
     code, one, error = call("tools.plan", *options)
     assert code == 0 and "in bf16" in one and "at 100 TFLOP/s" in one and "Python" not in one, error
-    code, two, error = call("tools.plan", *options, "--processes", 2, "--shard", "--tflops", 50)
+    code, two, error = call("tools.plan", *options, "--processes", 2, "--shard", "--tflops", 50, "--price", 3)
     assert code == 0 and "2 processes x 1 micro-batches x 16 samples" in two and not (tmp_path / "run").exists(), error
+    hours, dollars = (float(re.search(rf"([\d.e-]+) {unit}", two)[1]) for unit in ("hours", "dollars"))
+    assert dollars == pytest.approx(2 * 3 * hours, rel=0.01)
     one, two = figures(one), figures(two)
     for part in ("teacher", "ema", "Adam", "gradients"):
         assert two[part] == pytest.approx(one[part] / 2, abs=0.0006), part

@@ -3,6 +3,7 @@
     python -m tools.plan --teacher sd21                                 on this machine
     python -m tools.plan --teacher sd21 --device cuda                   on a GPU, which need not be here
     python -m tools.plan --teacher sd21 --device cuda --processes 8 --shard --micro-batch 8
+    python -m tools.plan --teacher sd21 --device cuda --tflops 60 --price 0.4       # what it costs on a rented GPU
 
 It takes train.py's options. In training, a GPU takes as many samples at once as fit, up to 16. Here --micro-batch says
 how many (default: 4; for an embedded teacher a process's whole share).
@@ -245,8 +246,8 @@ def kinds_of_steps(args):
     return [range(critic_from), range(critic_from, match_from), sorted(set(matched) - set(with_boot)), with_boot]
 
 
-def report(plan, tflops):
-    """The lines that the command prints."""
+def report(plan, tflops, price=None):
+    """The lines that the command prints. `tflops`: TFLOP/s of a process. `price`: of its device, dollars an hour."""
     args, losses = plan.args, list(dict.fromkeys(name for _, flops in plan.kinds for name in flops))
     yield (f"{args.teacher} in {args.precision}, {args.steps} steps of {args.batch} samples: {plan.world} processes x "
            f"{plan.local_batch // plan.micro_batch} micro-batches x {plan.micro_batch} samples")
@@ -259,7 +260,9 @@ def report(plan, tflops):
         yield f"  {number:<10}" + "".join(f"{flops.get(name, 0) / 1e9:12.2f}" for name in losses)
     total = args.batch * sum(number * sum(flops.values()) for number, flops in plan.kinds)
     hours = total / (tflops * 1e12 * plan.world) / 3600
-    yield f"PFLOP of the run {total / 1e15:.4g}: {hours:.3g} hours at {tflops:g} TFLOP/s a process"
+    cost = "" if price is None else f", {hours * plan.world * price:.3g} dollars at {price:g} an hour and process"
+    yield (f"PFLOP of the run {total / 1e15:.4g}: {hours:.3g} hours at {tflops:g} TFLOP/s a process, "
+           f"{args.steps * args.batch / hours / 3600:.3g} samples/s{cost}")
     yield "memory of a process, GB"
     memory = plan.memory()
     for name, size in (memory | {"together": sum(memory.values())}).items():
@@ -274,6 +277,7 @@ def parse_args():
     option("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
     option("--tflops", type=float, help="that a process sustains (default: 100 on a GPU, as an H200 with 4 samples at "
            "once, and 250 with 16; 0.1 on a CPU, as two cores)")
+    option("--price", type=float, help="of a process's device, in dollars an hour")
     both = new_parser(__doc__, parents=[ours])
     train.add_options(both)
     both.parse_args()                                       # for --help, and for what neither knows
@@ -281,6 +285,7 @@ def parse_args():
     with parsing("tools.plan"):
         check("--processes", own.processes, [Number(int, 1, 10**6)])
         check("--tflops", own.tflops, [None, Number(float, 1e-6, 1e6)])
+        check("--price", own.price, [None, Number(float, 0, 1e6)])
     return train.parse_args(rest), own
 
 
@@ -288,7 +293,7 @@ def main():
     args, own = parse_args()
     plan = Plan(args, own.processes)
     train.train(args, plan)
-    print(*report(plan, own.tflops or TFLOPS["cpu" if plan.on_cpu else "cuda"]), sep="\n")
+    print(*report(plan, own.tflops or TFLOPS["cpu" if plan.on_cpu else "cuda"], own.price), sep="\n")
 
 
 if __name__ == "__main__":
