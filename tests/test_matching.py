@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import DDPM, SD, gaussian_denoiser, new_schedule
-from matching import LEAST_SIGNAL, critic_loss, identity_loss, limited_guidance, matching_loss
+from matching import A, LEAST_SIGNAL, critic_loss, identity_loss, limited_guidance, matching_loss
 from signal_ode import add_noise, append_dims, clean_prediction
 
 MU, S = 0.7, 0.4                                            # the teacher's samples: N(MU, S**2), every element
@@ -52,8 +52,9 @@ def test_the_gradient_at_x_is_that_of_the_plain_identity(schedule, teacher, clip
 
 
 def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(schedule, teacher):
-    """Of 1/2 || f - h ||^2, to m and s of a student m + s * eps, whose best critic has a closed form; through the place
-    x_tau, too, if 1/2 || f - h ||^2 of the frozen critic is added, which is SiD's alpha of 1/2."""
+    """Of D = 1/2 || f - h ||^2, to m and s of a student m + s * eps, whose best critic has a closed form. Through the
+    critic alone, if 2 (A - 1) times D of the frozen critic is added; with D once more, through the place x_tau, too.
+    Then all is as in SiD with a of 1/2."""
     eps, n, _ = draw(20_000)
     tau = torch.full((len(eps),), 400)
     m, s = parameters(0.2, 0.9)
@@ -67,8 +68,10 @@ def test_the_gradient_is_that_of_the_fisher_divergence_through_the_best_critic(s
         return 0.5 * (teacher(place, tau) - critic(place, tau)).square().mean()
     unit = (x - teacher(x_tau, tau)).detach().abs().mean()
     ours = unit * gradient(matching_loss(x, teacher, frozen, n, tau, schedule)[0].mean())
+    through_place = gradient(divergence(frozen, x_tau))
+    ours = ours + 2 * (A - 1) * through_place
     for sum_of_ours, exact in ((ours, gradient(divergence(best, x_tau.detach()))),
-                               (ours + gradient(divergence(frozen, x_tau)), gradient(divergence(best, x_tau)))):
+                               (ours + through_place, gradient(divergence(best, x_tau)))):
         assert (sum_of_ours - exact).norm() < 0.02 * exact.norm()
 
 

@@ -300,7 +300,7 @@ def card(student, args, pipeline, error):
         "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
         "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
-        "rank": f"rank {args.lora}" if args.lora else "the full rank",
+        "rank": f"rank {rank}" if (rank := args.lora or student.network.settings["lora_rank"]) else "the full rank",
         "predicts": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[teacher.schedule.prediction],
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
