@@ -559,8 +559,7 @@ class TextLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        eps = config["layer_norm_eps"]
+        width, hidden, eps = config["hidden_size"], config["intermediate_size"], config["layer_norm_eps"]
         self.heads = config["num_attention_heads"]
         self.quick_gelu = config["hidden_act"] == "quick_gelu"    # in SD 1.5; SD 2.1 has gelu
         self.layer_norm1 = nn.LayerNorm(width, eps)

@@ -100,9 +100,8 @@ class Teacher:
 
     def rest(self, text_encoder):
         """Move the VAE, and if asked the text encoder, to the CPU's memory, which they leave while they are needed."""
-        for part in (self.vae, self.text_encoder if text_encoder else None):
-            if part is not None:
-                part.to("cpu")
+        for part in filter(None, (self.vae, self.text_encoder if text_encoder else None)):
+            part.to("cpu")
 
     @functools.cached_property
     def unet(self):

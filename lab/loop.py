@@ -14,7 +14,7 @@ import functools
 import torch
 
 from matching import LEAST_SIGNAL, limited_guidance
-from plumbing.prompts import Conditions, training_prompts
+from plumbing.prompts import encode_by_number, training_prompts
 from signal_ode import clean_prediction
 from student import Critic, Student, new_critic, new_student, set_trainable
 
@@ -27,7 +27,7 @@ def distil(method, teacher, rate, seed=0, budget=BUDGET, limited=False):
     `limited`: guide the teacher as in matching, where alpha_t >= 0.288 alone."""
     lab = Lab(method, teacher, rate, seed, limited)
     prompts = training_prompts(teacher)
-    encode = Conditions(teacher, prompts)
+    encode = encode_by_number(teacher, prompts)
     while lab.spent < budget:
         lab.share = lab.spent / budget
         numbers = torch.randint(len(prompts), (BATCH,), generator=lab.rng).tolist()

@@ -32,13 +32,8 @@ def has_type(value, kind):
 
 def is_supported(value, supported):
     """Whether a value is one of a list of supported values, some of which may be Numbers."""
-    for good in supported:
-        if isinstance(good, Number):
-            if value in good:
-                return True
-        elif value == good and has_type(value, type(good)):
-            return True
-    return False
+    return any(value in good if isinstance(good, Number) else value == good and has_type(value, type(good))
+               for good in supported)
 
 
 def check(key, value, supported, good=None):

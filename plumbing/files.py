@@ -93,14 +93,6 @@ def check_new(path):
         raise BadInput(f"{path} is there, and not empty: give a new name")
 
 
-def check_ours(path, keys):
-    """Raise BadInput if there is a file at this path other than JSON with these keys, as this project writes it."""
-    with contextlib.suppress(BadInput):
-        if not os.path.lexists(path) or set(keys) <= read_json(path).keys():
-            return
-    raise BadInput(f"{path} {NOT_OURS}")
-
-
 def read_text(path):
     """The text of a UTF-8 file. Raises BadInput."""
     try:

@@ -1,7 +1,7 @@
 """Prompts: read from a file, composed from word lists, encoded.
 
     prompts = training_prompts(teacher, args.prompts)       # a file's, the teacher's own, or 100,000 composed ones
-    encode = Conditions(teacher, prompts)
+    encode = encode_by_number(teacher, prompts)
     condition = encode([3, 14])                             # of prompts 3 and 14, on the CPU if they were encoded once
 """
 
@@ -51,22 +51,12 @@ def training_prompts(teacher, path=None):
     return compose_prompts() if teacher.condition_type else [""]
 
 
-class Conditions:
-    """encode(numbers) -> the teacher's condition of the prompts with these numbers. A few prompts are encoded once, and
-    kept on the CPU. The parts of 64 are then the same in every process, and so are the last bits, which depend on them.
-    .needs_encoder: whether the text encoder is still needed."""
-
-    def __init__(self, teacher, prompts):
-        self.teacher, self.prompts = teacher, prompts
-        self.needs_encoder = len(prompts) > FEW
-        if not self.needs_encoder:
-            self.encoded = {name: value.cpu() for name, value in self.encode_texts(prompts).items()}
-
-    def __call__(self, numbers):
-        if self.needs_encoder:
-            return self.encode_texts([self.prompts[k] for k in numbers])
-        return {name: value[numbers] for name, value in self.encoded.items()}
-
-    def encode_texts(self, prompts):
-        parts = [self.teacher.encode(prompts[first:first + PART]) for first in range(0, len(prompts), PART)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def encode_by_number(teacher, prompts):
+    """A function that takes a list of numbers, and returns the teacher's condition of the prompts with these numbers.
+    A few prompts are encoded now, and kept on the CPU: the text encoder is not needed again. The parts of 64 are then
+    the same in every process, and so are the last bits, which depend on them."""
+    if len(prompts) > FEW:
+        return lambda numbers: teacher.encode([prompts[k] for k in numbers])
+    parts = [teacher.encode(prompts[first:first + PART]) for first in range(0, len(prompts), PART)]
+    encoded = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return lambda numbers: {name: value[numbers] for name, value in encoded.items()}

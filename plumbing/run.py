@@ -33,14 +33,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, newest, rewind_log, save,
-                                  whole_tensors)
+from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, needed, newest, rewind_log,
+                                  save, whole_tensors)
 from plumbing.files import BadInput, out_of_memory, write_json
 from plumbing.hub import ROOT, is_embedded
 from plumbing.images import image_grid, noise, save_png, to_pil
 from plumbing.processes import (MEETING, PRECISION, WAIT, Stop, full, join, local, peak_memory, pick_device,
                                 shard, together, torchrun, warn_if_busy)
-from plumbing.prompts import Conditions
+from plumbing.prompts import FEW, encode_by_number
 
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
@@ -97,27 +97,26 @@ class Run(contextlib.ExitStack):
         self.options = {name: value for name, value in vars(args).items() if name not in ("dry_run", "out")}
         self.options |= {"teacher": teacher.spec, "fingerprint": teacher.fingerprint,
                          "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
-        found = 0, None, self.options
+        found = [0, None, self.options]
         if self.rank == 0:
             if not args.dry_run:
                 self.enter_context(lock(args.out))
             start, folder, saved = newest(args.out)
             check_options(args.out, self.options, saved)
-            found = start, folder, self.options
+            found = [start, folder, self.options]
         if self.world > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             join(self.rank, self.world, "nccl" if self.device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=WAIT)     # for what the host has to know
             self.saving = dist.new_group(backend="gloo", timeout=MEETING)   # which waits for the slowest disk
-            found = list(found)
             with together(self.rank):
                 dist.broadcast_object_list(found, 0, device=self.device)
         self.start, self.folder, theirs = found
         if theirs != self.options:
             raise BadInput(f"process {self.rank} has other options or another teacher than the first: {self.options}")
-        self.encode = Conditions(teacher, prompts)
-        teacher.rest(text_encoder=args.grad_checkpointing or not self.encode.needs_encoder)
+        self.encode = encode_by_number(teacher, prompts)
+        teacher.rest(text_encoder=args.grad_checkpointing or len(prompts) <= FEW)
 
     def add(self, name, network, lr=None, betas=None, saved=True):
         """Make a network part of the run: sharded and checkpointed as the options say, and saved. With a rate it is
@@ -144,7 +143,7 @@ class Run(contextlib.ExitStack):
     def restore(self):
         """Read the last checkpoint into what was added. Returns the step from which the run goes on, 0 if anew."""
         if self.folder:
-            load(self.folder, self.state, ["critic.", *(f"{name}.exp_avg." for name in self.adams)])
+            load(self.folder, self.state)
         if self.world > 1:
             with together(self.rank):                       # some read from a slower disk, or not from a cache
                 dist.monitored_barrier(self.control, timeout=MEETING)
@@ -160,8 +159,8 @@ class Run(contextlib.ExitStack):
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
               f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}",
               flush=True)
-        check_space(args.out, sum(tensor.nbytes for name, tensor in self.state.items()
-                                  if "critic" not in self.networks or ".exp_avg." not in name))     # see needed_state
+        largest = needed(self.state, with_critic="critic" in self.networks)
+        check_space(args.out, sum(tensor.nbytes for tensor in largest.values()))
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -297,18 +296,11 @@ class Run(contextlib.ExitStack):
             self.write_log(by_time)
         if due or self.stopping:
             with together(self.rank):
-                save(args.out, self.done, self.needed_state(), self.ema.network, self.options, self.write_student,
-                     self.rank, self.world, self.saving)
+                state = needed(self.state, with_critic=bool(self.state.get("critic_steps", 0)))
+                save(args.out, self.done, state, self.ema.network, self.options, self.write_student, self.rank,
+                     self.world, self.saving)
         if args.samples and due:
             self.write_samples()
-
-    def needed_state(self):
-        """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next
-        step replaces (unless --steps has moved matching). A critic that has not learned yet is as it began."""
-        spared = [f"{name}.exp_avg." for name, adam in self.adams.items() if adam.param_groups[0]["betas"][0] == 0]
-        if not self.state.get("critic_steps", True):
-            spared.append("critic.")
-        return {name: tensor for name, tensor in self.state.items() if not name.startswith(tuple(spared))}
 
     def check_finite(self):
         """Raise BadInput if a step since the last check had a loss or a norm that is not finite."""

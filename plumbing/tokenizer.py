@@ -6,6 +6,7 @@
 Equal to the reference, transformers' CLIPTokenizer, on all text that the Unicode of Python 3.11 knows.
 """
 
+import functools
 import math
 import re
 import unicodedata
@@ -99,7 +100,7 @@ class Tokenizer:
         self.length = config.get("model_max_length", 77)
         if type(self.length) is not int or self.length < 2:
             raise ValueError(f"model_max_length {self.length!r} is not supported: a whole number from 2")
-        self.cache = {}                                             # chunk -> ids, as prompts repeat their words
+        self.encode = functools.cache(self.encode)                  # prompts repeat their words
 
         added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
         special = special_tokens(config)
@@ -174,8 +175,6 @@ class Tokenizer:
 
     def encode(self, chunk):
         """The ids, a list of int, of a chunk of text."""
-        if chunk in self.cache:
-            return self.cache[chunk]
         ids = []
         for part in split_at(chunk, self.exact):
             if part in self.exact:
@@ -190,5 +189,4 @@ class Tokenizer:
                 for word in (word for piece in pieces for word in WORD.findall(piece)):
                     visible = word.encode().decode("latin-1").translate(VISIBLE)
                     ids += [self.vocab.get(token, self.unknown) for token in merge(visible, self.rank)]
-        self.cache[chunk] = ids
         return ids

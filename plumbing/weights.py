@@ -150,13 +150,9 @@ def load_module(network, folder, device, dtype, stem=STEM):
 
 @contextlib.contextmanager
 def visiting(module, device):
-    """Move a module to the device for as long as it is needed, if it rests elsewhere. Its weights there stay."""
-    home = module.state_dict()
-    if next(iter(home.values())).device.type == device.type:
-        yield
-        return
+    """Move a module to the device for as long as it is needed, if it rests elsewhere, and then back."""
+    home = next(module.parameters()).device
     try:
-        module.to(device)
-        yield
+        yield module.to(device)
     finally:
-        module.load_state_dict(home, assign=True)
+        module.to(home)

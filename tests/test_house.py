@@ -105,7 +105,7 @@ def test_every_command_of_a_folder_says_in_its_docstring_how_it_is_run():
 
 
 # --------------------------------------------------------------------------------------------------------- the budgets
-@pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2580), (["tools"], 1300), (["train"], 240)])
+@pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2550), (["tools"], 1300), (["train"], 240)])
 def test_lines_of_code_keep_within_their_budget(names, most):
     assert code_lines(*files(*names)) <= most
 

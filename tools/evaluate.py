@@ -21,11 +21,13 @@ scale, seed and number of images, and are stored in its folder. The columns:
     images_per_s                not timed row by row, but computed from one step and one decoding, timed just now
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import time
 import warnings
@@ -37,7 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from matching import LEAST_SIGNAL, limited_guidance
-from plumbing.files import (BadInput, check_ours, command, new_parser, parsing, read_json, user_path, user_spec,
+from plumbing.files import (NOT_OURS, BadInput, command, new_parser, parsing, read_json, user_path, user_spec,
                             write_file, write_json)
 from plumbing.hub import TINY
 from plumbing.images import image_grid, noise, read_about, save_png, to_pil
@@ -370,6 +372,14 @@ def all_teacher_rows(evaluation, args):
     return rows + best_rows(evaluation, measured, sweep, args.fresh), measured[w, most], reference, solution
 
 
+def check_ours(path):
+    """Raise BadInput if there is a file at this path that this command did not write."""
+    with contextlib.suppress(BadInput):
+        if not os.path.lexists(path) or {"teacher", "student", "images", "guidance", "rows"} <= read_json(path).keys():
+            return
+    raise BadInput(f"{path} {NOT_OURS}")
+
+
 def main():
     args = parse_args()
     student = load_student(args.student, args.teacher, pick_device(args.device))
@@ -380,7 +390,7 @@ def main():
     out = args.json or usual_place(args.student, teacher)
     if out.suffix.lower() == ".png":
         raise BadInput(f"--json {out} is the name of the sheet of images beside it: call it .json")
-    check_ours(out, ["teacher", "student", "images", "guidance", "rows"])
+    check_ours(out)
     read_about(out.with_suffix(".png"))                     # refuses to replace somebody's file
     evaluation = Evaluation(student, args.images, w, args.seed)
     student_images = evaluation.images(evaluation.one_step())   # first: a broken student is known before the others

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import train
-from plumbing.checkpoints import FILE_SIZE
+from plumbing.checkpoints import FILE_SIZE, needed
 from plumbing.configs import Number, check
 from plumbing.files import BadInput, command, new_parser, parsing
 from plumbing.processes import PRECISION
-from plumbing.prompts import Conditions
+from plumbing.prompts import FEW, encode_by_number
 from plumbing.run import split_batch
 
 PYTHON = 440e6          # bytes of a process on a CPU with its libraries, their threads and code: found by trial
@@ -105,16 +105,17 @@ class Plan:
         network.checkpointing = self.args.grad_checkpointing
         self.networks[name] = self.fake(network)
         if saved:
-            self.disk[name] = nbytes(network.own_parameters().values())
+            self.disk[f"{name}."] = nbytes(network.own_parameters().values())
         if lr is None:
             return None
         learned = [p for p in network.parameters() if p.requires_grad]
         self.trained += learned
-        self.disk |= {f"{name}.exp_avg": nbytes(learned), f"{name}.exp_avg_sq": nbytes(learned)}
+        self.disk |= {f"{name}.{kind}.": nbytes(learned) for kind in ("exp_avg", "exp_avg_sq")}
         return SimpleNamespace(param_groups=[{}])           # stands for its Adam
 
     def fake(self, network):
         """Give a network on the meta device fake parameters on the CPU."""
+        network.to = lambda device: network                 # plumbing.weights.visiting moves nothing here
         with self.mode:
             return network.to_empty(device="cpu")
 
@@ -128,10 +129,11 @@ class Plan:
                 self.whole[name] = self.fake(network)
         teacher.device = torch.device("cpu")
         teacher.set_negative_prompt(teacher.negative_prompt)
-        self.conditions, self.resting = Conditions(teacher, self.prompts), set()
+        self.conditions, self.few = encode_by_number(teacher, self.prompts), len(self.prompts) <= FEW
+        self.resting = set()
         if not self.on_cpu:                                 # see Run.begin
-            spared = self.args.grad_checkpointing or not self.conditions.needs_encoder
-            self.resting = self.whole.keys() & ({"VAE", "text encoder"} if spared else {"VAE"})
+            resting = {"VAE", "text encoder"} if self.args.grad_checkpointing or self.few else {"VAE"}
+            self.resting = self.whole.keys() & resting
 
     # ------------------------------------------------------------------------------------------------- the loop
     def steps(self):
@@ -150,7 +152,7 @@ class Plan:
             p.grad = None
 
     def encode(self, numbers):
-        with self.phase("encoding", "text encoder" if self.conditions.needs_encoder else None):
+        with self.phase("encoding", None if self.few else "text encoder"):
             condition = self.conditions(numbers)
         self.log(text=None)
         return condition
@@ -223,14 +225,13 @@ class Plan:
             most = max(sum(p.numel() for p in block.parameters()) for block in blocks)
             memory["gathered"] = 2 * most * (self.dtype.itemsize + 4)
         if self.on_cpu:
-            memory |= {"prompts": 0 if self.conditions.needs_encoder else nbytes(self.conditions.encoded.values()),
+            memory |= {"prompts": self.few and nbytes(self.conditions([*range(len(self.prompts))]).values()),
                        "saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
         return memory
 
     def checkpoint(self):
-        """Bytes of the larger kind of checkpoint: with the critic, where there is one. See Run.needed_state."""
-        spared = ".exp_avg" if "critic" in self.disk else "nothing"
-        return sum(size for name, size in self.disk.items() if not name.endswith(spared))
+        """Bytes of the larger kind of checkpoint: with the critic, where there is one."""
+        return sum(needed(self.disk, with_critic="critic" in self.networks).values())
 
 
 def nbytes(tensors):
