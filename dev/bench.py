@@ -6,6 +6,7 @@
     python -m dev.bench --step --alone --teacher FOLDER -- --micro-batch 4      only train.py's, with options of it
     python -m dev.bench --sampling --decoder tiny/decoder   one step beside the pipeline's guided fifty
     python -m dev.bench --agreement                         predictions and images of a GPU beside the CPU's
+    python -m dev.bench --lora 64 --teacher FOLDER          a student's passes and its Adam, all weights beside a LoRA
 
     load, read, pass    seconds until a network is loaded, until all of its weights have been read, of one pass
     peak                peak memory: of loading, over the weights' size; of train.py, in GB
@@ -16,7 +17,7 @@
 
 One should see differences below 1e-5 in fp32. On a CPU train.py's steps are about 1.2 times as fast as the reference
 loop's, and one step of sampling is about 35 times as fast as fifty. On a GPU --step reports TFLOP/s, too.
-Needs diffusers and transformers, except for --alone and --agreement.
+Needs diffusers and transformers, except for --alone, --agreement and --lora.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ from plumbing.prompts import training_prompts
 from plumbing.run import Run
 from plumbing.weights import STEM, load_module
 from signal_ode import add_noise
-from student import load_student, new_student
+from student import load_student, new_student, set_trainable
 from teacher import load_teacher
 
 # part -> our class, the stem of its weights' file, the library that has the reference
@@ -278,6 +279,33 @@ def bench_agreement(args, device, dtype):
     return rows
 
 
+# -------------------------------------------------------------------------------------------- all weights, or a LoRA
+def bench_lora(args, device, dtype):
+    """Seconds of a student's forward and backward pass and of its step of Adam: of all weights, and of a LoRA. Blocks
+    are computed again in the backward pass, unless the teacher is embedded."""
+    rows, batch = {}, args.batch or (32 if is_embedded(args.teacher) else 1)
+    teacher = load_teacher(args.teacher, device, dtype)
+    condition = teacher.encode(training_prompts(teacher)[:1] * batch)
+    eps, times = noise(range(batch), teacher.shape).to(device), torch.full((batch,), 500, device=device)
+    for rank in (0, args.lora):
+        student = new_student(teacher, teacher.schedule.T, 1.0, rank)
+        set_trainable(student.network)
+        student.network.checkpointing = not is_embedded(args.teacher)
+        adam = torch.optim.AdamW([p for p in student.network.parameters() if p.requires_grad], 0.0, fused=True)
+        seconds = {"forward": [], "backward": [], "Adam": []}
+        for _ in range(args.repeat + 1):
+            with clock(device, seconds["forward"]), torch.autocast(device.type, dtype, dtype != torch.float32):
+                loss = student(eps, times, **condition).square().mean()
+            with clock(device, seconds["backward"]):
+                loss.backward()
+            with clock(device, seconds["Adam"]):
+                adam.step()
+            adam.zero_grad()
+        rows[f"rank {rank}" if rank else "all"] = {name: statistics.median(s[1:]) for name, s in seconds.items()}
+    report(f"{args.teacher}, {batch} samples, seconds", rows)
+    return rows
+
+
 def main():
     parser = new_parser(__doc__)
     option = parser.add_argument
@@ -295,6 +323,7 @@ def main():
     option("--sampling", action="store_true", help="time one step and the reference pipeline's fifty")
     option("--decoder", type=user_spec, help="with --sampling: a small decoder, as in sample.py")
     option("--agreement", action="store_true", help="compare the device with the CPU")
+    option("--lora", type=int, metavar="RANK", help="compare training all weights with a LoRA of this rank")
     option("options", nargs="*", help="with --step, after --: train.py's, such as -- --micro-batch 4")
     args = parser.parse_args()
     if min(args.repeat, args.batch or 1, args.size or 1) < 1 or args.steps < 6:
@@ -303,9 +332,9 @@ def main():
         parser.error("options of train.py go with --step")
     if args.json:
         check_new(args.json)
-    if not (args.alone or args.agreement or importlib.util.find_spec("diffusers")):
+    if not (args.alone or args.agreement or args.lora or importlib.util.find_spec("diffusers")):
         raise BadInput("the reference libraries are not installed: pip install diffusers transformers")
-    modes = {"step": bench_steps, "sampling": bench_sampling, "agreement": bench_agreement}
+    modes = {"step": bench_steps, "sampling": bench_sampling, "agreement": bench_agreement, "lora": bench_lora}
     bench = next((modes[name] for name in modes if getattr(args, name)), bench_networks)
     found = bench(args, pick_device(args.device), PRECISION[args.precision])
     if args.json:
