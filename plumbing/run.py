@@ -159,8 +159,7 @@ class Run(contextlib.ExitStack):
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
               f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}",
               flush=True)
-        largest = needed(self.state, with_critic="critic" in self.networks)
-        check_space(args.out, sum(tensor.nbytes for tensor in largest.values()))
+        check_space(args.out, sum(t.nbytes for t in needed(self.state, "critic" in self.networks).values()))
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop

@@ -150,9 +150,11 @@ def load_module(network, folder, device, dtype, stem=STEM):
 
 @contextlib.contextmanager
 def visiting(module, device):
-    """Move a module to the device for as long as it is needed, if it rests elsewhere, and then back."""
-    home = next(module.parameters()).device
+    """Move a module to the device for as long as it is needed, if it rests elsewhere. Its weights there stay, so that
+    nothing is copied back."""
+    home = {p: p.data for p in module.parameters()}
     try:
         yield module.to(device)
     finally:
-        module.to(home)
+        for p, data in home.items():
+            p.data = data

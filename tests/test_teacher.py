@@ -50,12 +50,14 @@ def test_teacher_is_frozen_float32_and_deterministic(tiny):
 
 def test_a_part_that_rests_visits_the_device_and_goes_back():
     """Also where its work fails, as when memory runs out."""
-    part, places = torch.nn.Linear(2, 2), []
-    part.to = lambda place: places.append(torch.device(place).type) or part
-    with pytest.raises(RuntimeError), visiting(part, torch.device("cuda")) as visitor:
-        assert visitor is part and places == ["cuda"]
-        raise RuntimeError("out of memory")
-    assert places == ["cuda", "cpu"]
+    part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
+    places = [p.data_ptr() for p in part.parameters()]
+    for place in (torch.device("cpu"), torch.float64):      # which stands for a device that is not here
+        with pytest.raises(RuntimeError), visiting(part, place):
+            assert all(place in (p.device, p.dtype) for p in part.parameters())
+            raise RuntimeError("out of memory")
+        assert [p.data_ptr() for p in part.parameters()] == places
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in part.parameters())
 
 
 def test_guidance_runs_both_passes_in_one_batch_and_is_linear_in_w(tiny):
