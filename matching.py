@@ -23,8 +23,8 @@ weighted by a number a, as published 1 or 1.2 (it is called alpha there):
 
     L = (1 - a) * || f - h ||^2 + (f - h) . (h - x)
 
-With a = 1/2, L has half of the exact gradient. We take a = 1.2, the larger of the two published ones: a student so
-trained has more variety than with a = 1, which drops the first term (docs/results.md).
+With a = 1/2, L has half of the exact gradient. We take a = 1.2 (A in the code), the larger of the two published ones: a
+student so trained has more variety than with a = 1, which drops the first term (docs/results.md).
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
 The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), and its scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow
@@ -36,21 +36,17 @@ import torch
 
 from signal_ode import add_noise, append_dims, mean_square
 
-A = 1.2                     # SiD's a, there called alpha; 1.4 diverges
+A = 1.2                     # SiD's a; in a trial 1.4 diverged
 LEAST_SIGNAL = 0.288        # the teacher is guided where alpha_tau is at least this: up to 0.7 T for SD, 0.5 T for DDPM
 
 
 def identity_loss(x, f, h):
-    """L_M of each sample, (B,): SiD's loss, divided by the teacher's mean absolute error on x.
+    """SiD's loss, divided by the teacher's mean absolute error on x. Its mean over a sample's elements is L_M:
 
         L_M = [ (1 - A) * || f - h ||^2 + (f - h) . (h - x) ] / stopgrad[ mean |x - f| ]
 
-    The identity needs a divisor that depends on x_tau alone. Ours depends on x as well, so it holds only nearly."""
-    return identity_elements(x, f, h).flatten(1).mean(1)
-
-
-def identity_elements(x, f, h):
-    """What identity_loss is the mean of, (B, ...)."""
+    Here it is of each element, (B, ...). The identity needs a divisor that depends on x_tau alone. Ours depends on x as
+    well, so it holds only nearly."""
     return ((1 - A) * (f - h).square() + (f - h) * (h - x)) / error_unit(x, f)
 
 
@@ -78,10 +74,10 @@ def limited_guidance(denoise, x_t, t, schedule, w=1.0, **condition):
 
 # --------------------------------------------------------------------------------- L_M, with a gradient to x alone
 def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
-    """(L_M, h). L_M, (B,), stands in for identity_loss of each sample x: it has the same gradient at x, and none
-    elsewhere. A plain backward pass of identity_loss would also reach the critic's weights. So the gradient at x is
-    taken here, once, and handed on to x. As a value, L_M has || f - h ||^2 over the same divisor, which is what the log
-    shows. h keeps its graph, for critic_loss.
+    """(L_M, h). L_M, (B,), stands in for the mean of identity_loss over each sample x: it has the same gradient at x,
+    and none elsewhere. A plain backward pass of identity_loss would also reach the critic's weights. So the gradient at
+    x is taken here, once, and handed on to x. As a value, L_M has || f - h ||^2 over the same divisor, which is what
+    the log shows. h keeps its graph, for critic_loss.
     `teacher`, `critic`: callables (x_t, t, **condition); guiding the teacher is its own affair (limited_guidance).
     `clip`: the bound of the teacher's predictions, or None. If there is one, h is clamped here at 1.5 * clip. This
     bound is wider, so that h can follow a pixel of x beyond clip, and f - h draws it back. There is a bound at all
@@ -90,7 +86,7 @@ def matching_loss(x, teacher, critic, n, tau, schedule, clip=None, **condition):
     x_tau = add_noise(leaf, n, tau, schedule)
     f, h = teacher(x_tau, tau, **condition), critic(x_tau, tau, **condition)
     clamped = h if clip is None else h.clamp(-1.5 * clip, 1.5 * clip)
-    product = identity_elements(leaf, f, clamped).sum()             # the mean is in the last line; here it underflows
+    product = identity_loss(leaf, f, clamped).sum()                 # the mean is in the last line; here it underflows
     with torch.autocast(x.device.type, enabled=False):              # backward passes run outside autocast
         [gradient] = torch.autograd.grad(product, leaf, retain_graph=True)
     divergence = ((f - clamped).square() / error_unit(leaf, f)).detach()

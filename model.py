@@ -372,10 +372,9 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
         self.conv_out = nn.Conv2d(channels[0], c["out_channels"], 3, padding=1)
-        for block in self.blocks() if c["lora_rank"] else ():
-            for layer in list(block.modules()):
-                if isinstance(layer, LowRank):
-                    layer.add_low_rank(c["lora_rank"])
+        for layer in list(self.modules()):                  # those outside the blocks are torch's own
+            if c["lora_rank"] and isinstance(layer, LowRank):
+                layer.add_low_rank(c["lora_rank"])
 
     def forward(self, x, t, text=None, target=None, guidance=None, label=None):
         """Raw output (B, out, h, w) for x (B, in, h, w) at timestep indices t (B,); float32 in the last layers.
@@ -411,8 +410,8 @@ class UNet(nn.Module):
 
     def own_parameters(self):
         """{name: parameter} of what is this network's own: all of it. With lora_rank, all that its teacher lacks."""
-        own = "*" if not self.settings["lora_rank"] else (
-            "*.down.weight", "*.up.weight", "*.cond_proj.weight", f"{target_slot(self.settings)}_embedding.linear_?.*")
+        own = ["*"] if not self.settings["lora_rank"] else [
+            "*.down.weight", "*.up.weight", "*.cond_proj.weight", f"{target_slot(self.settings)}_embedding.linear_?.*"]
         return {name: p for name, p in self.named_parameters() if any(fnmatch(name, pattern) for pattern in own)}
 
     def blocks(self):

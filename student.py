@@ -148,8 +148,8 @@ def new_critic(student):
 
 # ------------------------------------------------------------------------------------------------------ the folder
 def save_student(folder, student, tensors=None, dtype=torch.float32):
-    """Write config.json and weights, which diffusers opens as they are unless there are labels, and student.json,
-    what this code needs to call the student. Raises BadInput.
+    """Write config.json and weights, which diffusers opens as they are, unless there are labels or it is a LoRA, and
+    student.json, what this code needs to call the student. Raises BadInput.
     `tensors`: its weights, where they are not those that the network has now. A LoRA's are without the teacher's."""
     folder, teacher = Path(folder), student.teacher
     write_json(folder / "config.json", student.network.config)

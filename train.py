@@ -58,13 +58,14 @@ MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
 BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
-MATCH_BETA_1 = 0.0          # This is the critic's, and the student's while the critic learns: momentum would lag.
+# This is the critic's beta_1, and the student's while the critic learns: momentum would lag behind the other network.
+MATCH_BETA_1 = 0.0          # Without momentum the first moments need not be saved, see Run.needed_state.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
 DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
-    "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500), "lora_lr": (3e-3, 1e-4),
-    "lora_critic_lr": (8e-4, 1e-4)}                         # the rates with --lora
+    "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500)}
+LORA_DEFAULTS = {"lr": (3e-3, 1e-4), "critic_lr": (8e-4, 1e-4)}         # with --lora
 LIMITS = {
     "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
     "lora": Number(int, 0, 4096), "lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
@@ -90,7 +91,8 @@ def add_options(parser):
     option("--micro-batch", type=int, help="what one device holds at once (default: on a GPU the largest that fits, up "
            "to 16, and 4 on a CPU; for an embedded teacher the whole share)")
     option("--lr", type=float, help=f"peak rate; that of matching is a fifth of it {either['lr']}")
-    option("--lora", type=int, default=0, metavar="RANK", help="learn low-rank additions, not all weights (default: 0)")
+    option("--lora", type=int, default=0, metavar="RANK", help="learn additions of this rank, say 64, not all weights; "
+           f"--lr is then {LORA_DEFAULTS['lr']}, --critic-lr {LORA_DEFAULTS['critic_lr']} (default: 0)")
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
@@ -136,8 +138,8 @@ def guidance_scale(text):
 
 
 def default(name, args):
-    """What DEFAULTS has for the teacher of these arguments, and for their --lora."""
-    embedded, published = DEFAULTS.get(f"lora_{name}" if args.lora else name, DEFAULTS[name])
+    """The default for the teacher of these arguments, and for their --lora."""
+    embedded, published = LORA_DEFAULTS[name] if args.lora and name in LORA_DEFAULTS else DEFAULTS[name]
     return embedded if is_embedded(args.teacher) else published
 
 
@@ -147,12 +149,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.teacher.partition("@")[0]).resolve().name
     for name in DEFAULTS:
-        if getattr(args, name, 0) is None and name != "guidance":       # that depends on the teacher: resolve_defaults
+        if getattr(args, name) is None and name != "guidance":       # that depends on the teacher: resolve_defaults
             setattr(args, name, default(name, args))
     with parsing("train.py"):
         for name, limits in LIMITS.items():
             if getattr(args, name) is not None:
                 check(f"--{name.replace('_', '-')}", getattr(args, name), [limits])
+        check("--lora", args.lora, "0 with --shard: a LoRA shares its weights", not (args.lora and args.shard))
     return args
 
 

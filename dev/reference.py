@@ -114,7 +114,7 @@ class Loop:
                 with self.autocast():
                     x_tau = add_noise(x, n, tau, schedule)
                     f = limited_guidance(self.teacher, x_tau, tau, schedule, **condition)
-                    L_M = identity_loss(x, f, self.critic(x_tau, tau, **condition))
+                    L_M = identity_loss(x, f, self.critic(x_tau, tau, **condition)).flatten(1).mean(1)
                 (args.match * L_M.sum() / args.batch).backward()
                 self.networks["critic"].requires_grad_(True)
             if critic_learns:

@@ -29,7 +29,6 @@ from plumbing.files import NOT_OURS, BadInput, parsing, read_json, write_file, w
 from plumbing.processes import full, local
 
 INFO = "checkpoint.json"
-SPARED = "critic.", ".exp_avg."     # Parts of the names that a checkpoint lacks, without and with a critic; see needed.
 FILE_SIZE = 2**29           # Bytes of a file of a checkpoint, of which there is a copy in memory.
 # Options that may change when a run is resumed, because they do not change the student beyond rounding
 FREE = {"steps", "micro_batch", "grad_checkpointing", "device", "shard", "every", "samples"}
@@ -150,22 +149,14 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def needed(state, with_critic):
-    """What of a run's state a checkpoint has to hold. `with_critic`: whether the critic has begun to learn. Before
-    that, it is as it began. From then on Adam's beta_1 is 0, and a first moment is the last gradient, which the next
-    step replaces (unless it is moved away again by another --steps)."""
-    spared = SPARED[with_critic]
-    return {name: tensor for name, tensor in state.items() if spared not in name}
-
-
 def load(folder, state):
-    """Fill a process's state with its share of a checkpoint, whichever processes wrote that. What the checkpoint did
-    not have to hold stays as it is. Raises BadInput."""
+    """Fill a process's state with its share of a checkpoint, whichever processes wrote that. What Run.needed_state left
+    out stays as it is. Raises BadInput."""
     reader = dcp.HuggingFaceStorageReader(folder)
     with parsing(folder):
         saved = reader.read_metadata().state_dict_metadata
         state = {name: tensor for name, tensor in state.items()
-                 if name in saved or not any(part in name for part in SPARED)}
+                 if name in saved or not (".exp_avg." in name or name.startswith("critic."))}
         wrong = [name for name in saved.keys() | state.keys()
                  if name not in saved or name not in state or saved[name].size != state[name].shape]
         if wrong:

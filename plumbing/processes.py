@@ -170,9 +170,7 @@ class Stop:
 
 def peak_memory(device):
     """The most bytes that this process has held: of the GPU's memory, or of a Linux machine's; 0 elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return system_memory("self/status", "VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else system_memory("self/status", "VmHWM")
 
 
 def system_memory(name, field):

@@ -53,10 +53,12 @@ def training_prompts(teacher, path=None):
 
 def encode_by_number(teacher, prompts):
     """A function that takes a list of numbers, and returns the teacher's condition of the prompts with these numbers.
-    A few prompts are encoded now, and kept on the CPU: the text encoder is not needed again. The parts of 64 are then
-    the same in every process, and so are the last bits, which depend on them."""
+    A few prompts are encoded now, and kept on the CPU: the text encoder is not needed again. The last bits depend on
+    how many are encoded together, so all processes encode the same parts of 64."""
+    def encode(texts):
+        parts = [teacher.encode(texts[first:first + PART]) for first in range(0, len(texts), PART)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if len(prompts) > FEW:
-        return lambda numbers: teacher.encode([prompts[k] for k in numbers])
-    parts = [teacher.encode(prompts[first:first + PART]) for first in range(0, len(prompts), PART)]
-    encoded = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        return lambda numbers: encode([prompts[k] for k in numbers])
+    encoded = {name: value.cpu() for name, value in encode(prompts).items()}
     return lambda numbers: {name: value[numbers] for name, value in encoded.items()}

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, needed, newest, rewind_log,
+from plumbing.checkpoints import (check_folder, check_options, check_space, load, lock, newest, rewind_log,
                                   save, whole_tensors)
 from plumbing.files import BadInput, out_of_memory, write_json
 from plumbing.hub import ROOT, is_embedded
@@ -45,6 +45,13 @@ from plumbing.prompts import FEW, encode_by_number
 LOG_EVERY = 10              # steps; only then does the host wait for the device
 BINS = 8                    # the log has the bootstrap loss of each eighth of the times 1..T
 MAX_NORM = 1.0              # to which a network's gradient is clipped
+
+
+def most_bytes(sizes):
+    """Bytes of a run's largest checkpoint, of {name: bytes} of its whole state. Where there is a critic, that is one
+    without first moments, see Run.needed_state."""
+    with_critic = any(name.startswith("critic.") for name in sizes)
+    return sum(size for name, size in sizes.items() if not (with_critic and ".exp_avg." in name))
 
 
 def split_batch(args, world, device):
@@ -81,8 +88,6 @@ class Run(contextlib.ExitStack):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process saves without it
         if args.shard and self.world == 1:
             raise BadInput("--shard splits the networks over several processes: start it with torchrun")
-        if args.shard and args.lora:
-            raise BadInput("--shard and --lora do not go together: the networks of a LoRA share their weights")
         # In fp16 small gradients would be zero; the scaler's two tensors are part of the checkpoint.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         if self.scaler.is_enabled():
@@ -159,7 +164,7 @@ class Run(contextlib.ExitStack):
         print(f"{args.teacher} -> {args.out} on {self.world} x {self.device} in {args.precision}: {args.steps} steps "
               f"of {args.batch}, {self.micro_batch} at once, {len(self.prompts)} prompts, {summary}{resuming}",
               flush=True)
-        check_space(args.out, sum(t.nbytes for t in needed(self.state, "critic" in self.networks).values()))
+        check_space(args.out, most_bytes({name: tensor.nbytes for name, tensor in self.state.items()}))
         warn_if_busy(self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -295,11 +300,17 @@ class Run(contextlib.ExitStack):
             self.write_log(by_time)
         if due or self.stopping:
             with together(self.rank):
-                state = needed(self.state, with_critic=bool(self.state.get("critic_steps", 0)))
-                save(args.out, self.done, state, self.ema.network, self.options, self.write_student, self.rank,
-                     self.world, self.saving)
+                save(args.out, self.done, self.needed_state(), self.ema.network, self.options, self.write_student,
+                     self.rank, self.world, self.saving)
         if args.samples and due:
             self.write_samples()
+
+    def needed_state(self):
+        """What a checkpoint has to hold. Where beta_1 is 0, Adam's first moment is the last gradient, which the next
+        step replaces. A critic that has not learned yet is as it began."""
+        spared = [f"{name}.exp_avg." for name, adam in self.adams.items() if adam.param_groups[0]["betas"][0] == 0]
+        spared += ["critic."] * (not self.state.get("critic_steps", True))
+        return {name: tensor for name, tensor in self.state.items() if not name.startswith(tuple(spared))}
 
     def check_finite(self):
         """Raise BadInput if a step since the last check had a loss or a norm that is not finite."""

@@ -150,8 +150,8 @@ def load_module(network, folder, device, dtype, stem=STEM):
 
 @contextlib.contextmanager
 def visiting(module, device):
-    """Move a module to the device for as long as it is needed, if it rests elsewhere. Its weights there stay, so that
-    nothing is copied back."""
+    """Move a module to the device for as long as it is needed, if it rests elsewhere. The weights where it rests
+    are kept, so nothing is copied back."""
     home = {p: p.data for p in module.parameters()}
     try:
         yield module.to(device)

@@ -106,19 +106,21 @@ def test_a_stopped_run_resumes_bitwise_and_its_files_are_small(tmp_path, options
 
 
 def test_two_processes_are_one_run(tmp_path):
-    assert train_forked(tmp_path / "one", 1, *QUICK)[0] == train_forked(tmp_path / "two", 2, *QUICK)[0][:1] == [0]
+    assert train_forked(tmp_path / "one", 1, *QUICK)[0] + train_forked(tmp_path / "two", 2, *QUICK)[0] == [0, 0, 0]
     one, two = (load_file(tmp_path / out / "student" / WEIGHTS) for out in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
     codes, printed = train_forked(tmp_path / "three", 2, *QUICK, "--shard")
-    assert 2 in codes and "--shard and --lora do not go together" in printed
+    assert 2 in codes and "a LoRA shares its weights" in printed
 
 
 def test_an_export_is_the_student_and_its_lora_the_additions(call, tiny, tmp_path):
     student = new_student(tiny, 600, 3.0, rank=4)
     changed(student.network)
     save_student(tmp_path / "student", student)
-    code, printed, error = call("tools.export", "--student", tmp_path / "student", "--lora", 4, "--out", tmp_path / "x")
+    code, printed, error = call("tools.export", "--student", tmp_path / "student", "--lora", 64, "--single-file",
+                                "--out", tmp_path / "x")
     assert code == 0 and "; 0 at most" in printed, error
+    assert "to rank 4." in (tmp_path / "x" / "README.md").read_text()
     lora, own = load_file(tmp_path / "x" / LORA), student.network.own_parameters()
     for name in ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"):
         for part in ("up", "down"):

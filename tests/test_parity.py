@@ -117,5 +117,7 @@ def test_bench_compares_loading_passes_and_sampling(call, tmp_path):
     assert code == 0 and len(differences) == 3 and max(differences) < 1e-5, error
     code, _, error = call("dev.bench", "--sampling", "--repeat", 1, "--json", tmp_path / "sampling.json")
     assert code == 0 and read_json(tmp_path / "sampling.json")["one step"]["ratio"] > 1, error
+    code, out, error = call("dev.bench", "--lora", 4, "--repeat", 1)
+    assert code == 0 and out.count("backward") == 2, error
     code, _, error = call("dev.bench", "--step", "--steps", 6, "--", "--match", 0)
     assert code == 2 and "--alone" in error

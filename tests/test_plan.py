@@ -16,6 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import plumbing.prompts
+import tools.plan
 import train
 from conftest import slow
 from plumbing.run import Run
@@ -60,7 +62,7 @@ def figures(printed):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries' share was found on Linux")
 @pytest.mark.parametrize("options", [
-    (), slow(("--match", 0, "--batch", 16)), slow(("--grad-checkpointing",)),
+    (), slow(("--match", 0, "--batch", 16)), slow(("--grad-checkpointing",)), slow(("--lora", 4)),
     slow(("--teacher", "tiny-pixel", "--batch", 16, "--micro-batch", 8))])
 def test_memory_is_as_promised(run, tmp_path, options):
     options = ["--steps", 12, "--match-from", 0.5, "--warmup", 2, "--every", 4, *options, "--out", tmp_path]
@@ -82,5 +84,18 @@ def test_a_plan_is_for_any_device_and_number_of_processes(call, tmp_path):
     for part in ("teacher", "ema", "Adam", "gradients"):
         assert two[part] == pytest.approx(one[part] / 2, abs=0.0006), part
     assert two["gathered"] > 0
-    code, _, error = call("tools.plan", *options, "--shard")
-    assert code == 2 and "give --processes" in error
+    for wrong, said in ((["--shard"], "give --processes"), (["--shard", "--lora", 4], "shares its weights")):
+        code, _, error = call("tools.plan", *options, *wrong)
+        assert code == 2 and said in error
+
+
+@pytest.mark.parametrize("few, more, resting", [
+    (2048, [], {"VAE", "text encoder"}), (1, [], {"VAE"}), (1, ["--grad-checkpointing"], {"VAE", "text encoder"})])
+def test_what_rests_takes_no_memory_of_the_gpu(call, tmp_path, monkeypatch, few, more, resting):
+    """The text encoder rests if all prompts are encoded first, or to save memory."""
+    monkeypatch.setattr(plumbing.prompts, "FEW", few)
+    monkeypatch.setattr(tools.plan, "FEW", few)
+    code, out, error = call("tools.plan", "--device", "cuda", "--steps", 40, "--match", 0, "--out", tmp_path, *more)
+    assert code == 0, error
+    rows = figures(out[out.index("memory of a process"):])
+    assert {"VAE", "text encoder"} - rows.keys() == resting and rows["passes"] > 0

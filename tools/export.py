@@ -147,13 +147,13 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
     gets one vector: h from the teacher's embedding, h' from the student's. A change of rank one makes W h into W' h'.
     The first and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
     teacher, lora, made = student.teacher, {}, {}
-    own = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
+    base = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
     trained, whole = student.network.own_parameters(), student.network.settings["lora_rank"]
-    trained_as_lora = whole and rank in (0, whole)
-    whole = whole or max(min(p.shape[0], p[0].numel()) for p in own.values() if p.ndim > 1)
+    trained_as_lora = whole and (rank == 0 or rank >= whole)
+    whole = whole or max(min(p.shape[0], p[0].numel()) for p in base.values() if p.ndim > 1)
     rank = min(rank or whole, whole)
-    theirs, ours = embedded_time(own, student), embedded_time(tensors, student)                 # h, h'
-    for name, weight in own.items():
+    theirs, ours = embedded_time(base, student), embedded_time(tensors, student)                # h, h'
+    for name, weight in base.items():
         made[name] = weight
         if weight.ndim < 2 or name.startswith("time_embedding."):
             continue
@@ -288,6 +288,7 @@ def card(student, args, pipeline, error):
     base, _, revision = teacher.spec.partition("@")
     base = HUB[base]["repositories"][0] if base in HUB else base
     lo, hi = student.guidance if student.ranged else (w, w)
+    own_rank = student.network.settings["lora_rank"]        # 0: all weights have learned
     height, width = image_size(teacher)
     rms, most = error or (0.0, 0.0)
     tag = "text-to-image" if teacher.text_encoder else "unconditional-image-generation"
@@ -300,7 +301,7 @@ def card(student, args, pipeline, error):
         "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
         "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
-        "rank": f"rank {rank}" if (rank := args.lora or student.network.settings["lora_rank"]) else "the full rank",
+        "rank": f"rank {min(ranks)}" if (ranks := {args.lora or 0, own_rank} - {0}) else "the full rank",
         "predicts": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[teacher.schedule.prediction],
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
@@ -375,7 +376,8 @@ def parse_args():
     p.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
     p.add_argument("--decoder", type=user_spec, help="folder or hub id of an AutoencoderTiny, to stand in vae/")
     p.add_argument("--lora", type=rank, metavar="RANK", help=f"also write {LORA}: for each weight of the teacher, its "
-                   "change as a matrix of this rank; `full` for all of it, in a file larger than the model")
+                   "change as a matrix of this rank; `full` for all of it, in a file larger than the model unless the "
+                   "student is a LoRA")
     p.add_argument("--single-file", action="store_true", help="also write all in one file, under the original names")
     p.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub")
     p.add_argument("--private", action="store_true", help="with --push: for nobody else, if it is a new repository")

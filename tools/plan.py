@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import train
-from plumbing.checkpoints import FILE_SIZE, needed
+from plumbing.checkpoints import FILE_SIZE
 from plumbing.configs import Number, check
 from plumbing.files import BadInput, command, new_parser, parsing
 from plumbing.processes import PRECISION
 from plumbing.prompts import FEW, encode_by_number
-from plumbing.run import split_batch
+from plumbing.run import most_bytes, split_batch
 
 PYTHON = 440e6          # bytes of a process on a CPU with its libraries, their threads and code: found by trial
 TFLOPS = {"cpu": 0.1, "cuda": 100.0}            # of two CPU cores in fp32; of an H200 in bf16, four samples at once
@@ -131,7 +131,7 @@ class Plan:
         teacher.set_negative_prompt(teacher.negative_prompt)
         self.conditions, self.few = encode_by_number(teacher, self.prompts), len(self.prompts) <= FEW
         self.resting = set()
-        if not self.on_cpu:                                 # see Run.begin
+        if not self.on_cpu:                                 # what Run.begin moves to the CPU's memory
             resting = {"VAE", "text encoder"} if self.args.grad_checkpointing or self.few else {"VAE"}
             self.resting = self.whole.keys() & resting
 
@@ -179,7 +179,8 @@ class Plan:
 
     @contextlib.contextmanager
     def phase(self, name, visitor=None):
-        """Count what is computed in it. `visitor`: the part of the teacher that is in memory then, and else rests."""
+        """Count what is computed in it. `visitor`: a part of the teacher that is on the device only during this phase,
+        if it rests."""
         weights = nbytes(self.whole[visitor].parameters()) if visitor in self.resting else 0
         self.meter.bytes += weights
         self.meter.peak = self.meter.bytes
@@ -225,13 +226,14 @@ class Plan:
             most = max(sum(p.numel() for p in block.parameters()) for block in blocks)
             memory["gathered"] = 2 * most * (self.dtype.itemsize + 4)
         if self.on_cpu:
-            memory |= {"prompts": self.few and nbytes(self.conditions([*range(len(self.prompts))]).values()),
-                       "saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
+            memory |= {"saving": min(FILE_SIZE, self.checkpoint() / self.world), "Python": PYTHON}
+        if self.on_cpu and self.few:
+            memory["prompts"] = nbytes(self.conditions([*range(len(self.prompts))]).values())
         return memory
 
     def checkpoint(self):
-        """Bytes of the larger kind of checkpoint: with the critic, where there is one."""
-        return sum(needed(self.disk, with_critic="critic" in self.networks).values())
+        """Bytes of the largest checkpoint."""
+        return most_bytes(self.disk)
 
 
 def nbytes(tensors):
