@@ -250,8 +250,8 @@ def train(args, run):
 
     start = run.restore()
     critic_from, match_from = begin_of_matching(args, start, int(critic_steps))
-    run.ready(ema, functools.partial(save_student, args.out / "student", ema),
-              f"lora {args.lora}, guidance {args.guidance}, input time {args.input_time}, matched from {match_from} on")
+    run.ready(ema, functools.partial(save_student, args.out / "student", ema), f"lora {args.lora}, guidance "
+              f"{args.guidance}, input time {args.input_time}, matching begins at {match_from}")
     schedule, T = teacher.schedule, teacher.schedule.T
     delta = round(T / args.num_steps)                       # what a bootstrap step spans (not a step of training)
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
