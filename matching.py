@@ -36,7 +36,7 @@ import torch
 
 from signal_ode import add_noise, append_dims, mean_square
 
-A = 1.2                     # SiD's a; in a trial 1.4 diverged
+A = 1.2                     # SiD's a
 LEAST_SIGNAL = 0.288        # the teacher is guided where alpha_tau is at least this: up to 0.7 T for SD, 0.5 T for DDPM
 
 

@@ -326,8 +326,8 @@ def main():
     option("--lora", type=int, metavar="RANK", help="compare training all weights with a LoRA of this rank")
     option("options", nargs="*", help="with --step, after --: train.py's, such as -- --micro-batch 4")
     args = parser.parse_args()
-    if min(args.repeat, args.batch or 1, args.size or 1) < 1 or args.steps < 6:
-        parser.error("--repeat, --batch and --size are 1 or more; --steps is 6 or more, for one of each kind")
+    if min(args.repeat, *(1 if n is None else n for n in (args.batch, args.size, args.lora))) < 1 or args.steps < 6:
+        parser.error("--repeat, --batch, --size and --lora are 1 or more; --steps is 6 or more, for one of each kind")
     if args.options and not args.step:
         parser.error("options of train.py go with --step")
     if args.json:

@@ -137,6 +137,13 @@ def embedded_time(tensors, student):
 
 
 @torch.no_grad()
+def rank_of_lora(student, rank):
+    """The rank that a LoRA gets: the one asked for, but not more than the full one. `rank`: 0 asks for the full one."""
+    full = student.network.settings["lora_rank"]
+    full = full or max(min(p.shape[0], p[0].numel()) for p in student.teacher.unet.parameters() if p.ndim > 1)
+    return min(rank or full, full)
+
+
 def make_lora(tensors, student, rank, dtype=torch.float32):
     """(lora, made), both {name: tensor}: a LoRA for the teacher's network, and the weights that result from it. At full
     rank they make the student's images. `tensors`: the student's, folded. `rank`: of all matrices, because programs
@@ -148,10 +155,8 @@ def make_lora(tensors, student, rank, dtype=torch.float32):
     The first and last layer are the teacher's, but in students of before 2026-12; then they are part of the LoRA."""
     teacher, lora, made = student.teacher, {}, {}
     base = {name: tensor.float().cpu() for name, tensor in teacher.unet.state_dict().items()}
-    trained, whole = student.network.own_parameters(), student.network.settings["lora_rank"]
-    trained_as_lora = whole and (rank == 0 or rank >= whole)
-    whole = whole or max(min(p.shape[0], p[0].numel()) for p in base.values() if p.ndim > 1)
-    rank = min(rank or whole, whole)
+    trained, rank = student.network.own_parameters(), rank_of_lora(student, rank)
+    trained_as_lora = rank == student.network.settings["lora_rank"]
     theirs, ours = embedded_time(base, student), embedded_time(tensors, student)                # h, h'
     for name, weight in base.items():
         made[name] = weight
@@ -288,7 +293,6 @@ def card(student, args, pipeline, error):
     base, _, revision = teacher.spec.partition("@")
     base = HUB[base]["repositories"][0] if base in HUB else base
     lo, hi = student.guidance if student.ranged else (w, w)
-    own_rank = student.network.settings["lora_rank"]        # 0: all weights have learned
     height, width = image_size(teacher)
     rms, most = error or (0.0, 0.0)
     tag = "text-to-image" if teacher.text_encoder else "unconditional-image-generation"
@@ -301,7 +305,7 @@ def card(student, args, pipeline, error):
         "dtype": "torch.float16" if args.precision == "fp16" else "torch.float32",
         "to": ".to(torch.float16)" * (args.precision == "fp16"), "height": height, "width": width,
         "shape": ", ".join(map(str, teacher.shape)), "lora": LORA, "rms": rms, "most": most,
-        "rank": f"rank {min(ranks)}" if (ranks := {args.lora or 0, own_rank} - {0}) else "the full rank",
+        "rank": f"rank {rank_of_lora(student, args.lora)}" if args.lora else "the full rank",
         "predicts": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[teacher.schedule.prediction],
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
