@@ -3,6 +3,7 @@
     python -m lab                                           every method; what is measured already is kept
     python -m lab --only BOOT "SiD, a = 1.2" --seeds 0 1
     python -m lab --limited                                 the teacher guided as in matching
+    python -m lab --budget 0.25                             a quarter of the evaluations, in all of it
     python -m lab --table                                   what is measured, best first
 
 Each method (lab/methods.py) gets as many network evaluations as train.py's default run (lab/loop.py says how they are
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from lab.loop import BUDGET, W, distil
 from lab.methods import (METHODS, SCORES, boot, boot_hard, critics, direction, random_points, stage, teacher_paths)
-from plumbing.files import BadInput, command, new_parser
+from plumbing.configs import Number, check
+from plumbing.files import BadInput, command, new_parser, parsing
 from plumbing.processes import pick_device
 from teacher import load_teacher
 from tools.evaluate import Evaluation, teacher_rows
@@ -62,21 +64,27 @@ def run(args, name):
     """All runs of a method: its rates at half the budget, then the best of them with every seed."""
     rates, tried = list(METHODS[name].rates), []
     for rate in rates:
-        tried.append(measured(args, name, rate, 0, BUDGET // 2))
+        tried.append(measured(args, name, rate, 0, args.budget // 2))
         best = min(tried, key=lambda line: line["frechet"])["rate"]
         if len(tried) == len(METHODS[name].rates) and best == max(rates):
             rates.append(3 * best)
     for seed in args.seeds:
-        measured(args, name, best, seed, BUDGET)
+        measured(args, name, best, seed, args.budget)
 
 
-def table():
-    """Markdown, a row for each method, the best first: means over its seeds, and the range of the Frechet distance."""
-    groups, rows = {}, []
+def groups(budget):
+    """{(method, limited, rate): its lines, one for each seed} of what is measured with so many evaluations."""
+    found = {}
     for line in results():
-        if line["budget"] == BUDGET:
-            groups.setdefault((line["method"], line["limited"], line["rate"]), []).append(line)
-    for (name, limited, rate), lines in groups.items():
+        if line["budget"] == budget:
+            found.setdefault((line["method"], line["limited"], line["rate"]), []).append(line)
+    return found
+
+
+def table(budget):
+    """Markdown, a row for each method, the best first: means over its seeds, and the range of the Frechet distance."""
+    rows = []
+    for (name, limited, rate), lines in groups(budget).items():
         method, means = METHODS[name], {c: sum(line[c] for line in lines) / len(lines) for c in (*FIGURES, "steps")}
         cells = {c: format(means[c], form) for c, form in FIGURES.items()}
         distances = [line["frechet"] for line in lines]
@@ -104,13 +112,17 @@ def main():
            help=f"of these methods: {'; '.join(METHODS)} (default: all)")
     option("--seeds", type=int, nargs="+", default=[0, 1, 2])
     option("--limited", action="store_true", help="guide the teacher where alpha_t >= 0.288 alone")
+    option("--budget", type=float, default=1.0, metavar="SHARE",
+           help="network evaluations, as a share of train.py's default run (default: %(default)s)")
     option("--table", action="store_true", help="print what is measured, and train nothing")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = parser.parse_args()
-    args.device = pick_device(args.device)
+    with parsing("lab"):
+        check("--budget", args.budget, [Number(float, 0.001, 1000)])
+    args.device, args.budget = pick_device(args.device), round(args.budget * BUDGET)
     for name in [] if args.table else args.only:
         run(args, name)
-    print(table())
+    print(table(args.budget))
 
 
 if __name__ == "__main__":

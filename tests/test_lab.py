@@ -152,9 +152,10 @@ def test_a_killed_table_goes_on(monkeypatch, tmp_path):
     figures = dict.fromkeys(laboratory.FIGURES, 1.0)
     monkeypatch.setattr(laboratory, "Evaluation", lambda *args: SimpleNamespace(measure=lambda *args: (figures, None)))
     monkeypatch.setattr(laboratory, "teacher_rows", lambda *args: (None, None, None))
-    args = SimpleNamespace(seeds=[0, 1], device="cpu", limited=False)
+    args = SimpleNamespace(seeds=[0, 1], device="cpu", limited=False, budget=80)
     laboratory.run(args, "BOOT")
-    assert len(made) == 5 and "| BOOT | 0.0005 | 2 | 1.0 (1.0 to 1.0) |" in table()
+    assert len(made) == 5 and [budget for *_, budget, _ in made] == [40, 40, 40, 80, 80]
+    assert "| BOOT | 0.0005 | 2 | 1.0 (1.0 to 1.0) |" in table(80)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     laboratory.run(args, "BOOT")
     assert len(made) == 7
