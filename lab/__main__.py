@@ -5,6 +5,7 @@
     python -m lab --limited                                 the teacher guided as in matching
     python -m lab --budget 0.25                             a quarter of the evaluations, in all of it
     python -m lab --table                                   what is measured, best first
+    python -m lab.frontier                                  what is measured, drawn beside the teacher
 
 Each method (lab/methods.py) gets as many network evaluations as train.py's default run (lab/loop.py says how they are
 counted). First its three rates are tried at half of them, with seed 0; if the highest is the best, one that is three
@@ -33,15 +34,22 @@ FIGURES = {"frechet": ".1f", "to_teacher": ".1f", "precision": ".3f", "recall": 
 COLUMNS = ("method", "rate", "seeds", *FIGURES, "steps", "networks", "lines")
 
 
-def results():
-    """The lines of lab/results.jsonl."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read_lines(path):
+    """The lines of a file as dicts; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def share_of_budget(share):
+    """Network evaluations. Raises BadInput."""
+    with parsing("lab"):
+        check("--budget", share, [Number(float, 0.001, 1000)])
+    return round(share * BUDGET)
 
 
 def measured(args, name, rate, seed, budget):
     """The line of one run, which is made unless it is there."""
     key = {"method": name, "limited": args.limited, "rate": rate, "seed": seed, "budget": budget}
-    for line in results():
+    for line in read_lines(RESULTS):
         if key.items() <= line.items():
             return line
     teacher, began = load_teacher("tiny", args.device), time.time()
@@ -75,7 +83,7 @@ def run(args, name):
 def groups(budget):
     """{(method, limited, rate): its lines, one for each seed} of what is measured with so many evaluations."""
     found = {}
-    for line in results():
+    for line in read_lines(RESULTS):
         if line["budget"] == budget:
             found.setdefault((line["method"], line["limited"], line["rate"]), []).append(line)
     return found
@@ -117,9 +125,7 @@ def main():
     option("--table", action="store_true", help="print what is measured, and train nothing")
     option("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = parser.parse_args()
-    with parsing("lab"):
-        check("--budget", args.budget, [Number(float, 0.001, 1000)])
-    args.device, args.budget = pick_device(args.device), round(args.budget * BUDGET)
+    args.device, args.budget = pick_device(args.device), share_of_budget(args.budget)
     for name in [] if args.table else args.only:
         run(args, name)
     print(table(args.budget))

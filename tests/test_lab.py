@@ -6,8 +6,10 @@
 - Progressive distillation halves its steps and takes its student as the teacher.
 - Network evaluations are counted as the page says: 1 forward, 2 more to the weights, 1 more to the sample alone.
 - A killed table goes on with the rows that it lacks. In two dimensions the teacher is exact, and a picture is drawn.
+- The teacher's frontier is measured once, and drawn with the methods.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +18,12 @@ from PIL import Image
 
 import lab.__main__ as laboratory
 from conftest import PROMPTS, gaussian_denoiser, new_schedule
-from lab import loop, toy
+from lab import frontier, loop, toy
 from lab.methods import METHODS, SCORES
 from plumbing.images import noise
 from signal_ode import add_noise, append_dims, signal
 from student import new_student
+from tools.evaluate import Evaluation
 
 MU, S = 0.7, 0.4                                            # the data: N(MU, S**2), every element
 SCHEDULE = new_schedule()
@@ -179,3 +182,24 @@ def test_boot_in_two_dimensions_is_drawn(call, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "HEAD_START", 1)
     code, _, error = call("lab.toy", "--out", tmp_path / "toy.png")
     assert code == 0 and Image.open(tmp_path / "toy.png").width > 1000, error
+
+
+def test_the_frontier_is_measured_once_and_drawn(tiny, call, tmp_path, monkeypatch):
+    """Of few images and in few steps. Two of the ten lines are the stored ones of the evaluation."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(frontier, "TEACHER", tmp_path / "teacher.jsonl")
+    monkeypatch.setattr(frontier, "IMAGES", 100)
+    monkeypatch.setattr(laboratory, "RESULTS", tmp_path / "results.jsonl")
+    line = {"method": "BOOT", "limited": False, "rate": 5e-4, "budget": loop.BUDGET, "frechet": 60, "recall": 0.5}
+    (tmp_path / "results.jsonl").write_text("".join(
+        json.dumps(line | {"seed": seed, "align_seen": 0.9 + seed / 100}) + "\n" for seed in range(3)))
+    scales, rows = [], {"frechet": 20.0, "precision": 0.9, "recall": 0.7, "align_seen": 0.9, "align_heldout": 0.9}
+    monkeypatch.setattr(frontier, "teacher_rows", lambda *args: ({(3.0, 50): rows}, None, None))
+    monkeypatch.setattr(frontier, "limited_rows", lambda *args: {(3.0, 50): rows})
+    monkeypatch.setattr(Evaluation, "measure", lambda *args: (rows, None))
+    monkeypatch.setattr(Evaluation, "ddim", lambda _, steps, w, limited: scales.append((steps, w, limited)))
+    for _ in range(2):
+        code, _, error = call("lab.frontier", "--measure", "--out", tmp_path / "frontier.png")
+        assert code == 0 and Image.open(tmp_path / "frontier.png").width > 1000, error
+    assert scales == [(50, w, limited) for limited in (True, False) for w in (1.5, 2.0, 4.0, 5.0)]
+    assert len((tmp_path / "teacher.jsonl").read_text().splitlines()) == 10
