@@ -4,6 +4,7 @@
 - It has the teacher's config and keys; its schedule ends at the student's input time, whatever the betas.
 - A LoRA of full rank makes the teacher the student; one of a lower rank says how far off it is.
 - Its README.md has lines of code that run. A push uploads the whole folder; a failed one says what to do.
+- A graph of ONNX makes the same image from noise and token ids, or from a class.
 - A single file has the names, shapes and numbers of tensors of the original files, and diffusers reads all of them
   back, of models with SD 1.x's and 2.x's configs.
 """
@@ -22,6 +23,7 @@ from conftest import CHECKPOINTS, COSINE, DDPM, PROMPTS, SD, TINY, ZERO_SNR, cop
 import tools.export
 from model import VAE, TextEncoder, UNet
 from plumbing.files import read_json, write_json
+from plumbing.images import noise
 from plumbing.weights import STEM, WEIGHTS, init_on_meta, read_tensors, remap_key, weight_files
 from student import load_student, new_student, save_student
 from teacher import load_teacher
@@ -215,6 +217,34 @@ def test_the_single_file_opens_as_the_original_does(call, tmp_path):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "x", subfolder="scheduler")
     expected = sample(call, tmp_path / "own", TINY / "student", *TEXT)
     assert abs(one_step(pipeline, **PIPE) - expected).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, options, given", [
+    ("tiny", (), {}), ("tiny", ("--precision", "fp16", "--decoder", TINY / "decoder"), {}),
+    ("pixel", (), {}), ("sd21-base", (), {"guidance": [2.0, 8.0]}), ("sd15", (), {"size": [8, 12]}),
+    ("sd21-768-v", (), {"rank": 4}), ("ddpm-cifar10-32", (), {})])
+def test_one_graph_makes_the_same_image_without_pytorch(call, tmp_path, monkeypatch, family, options, given):
+    """The lines of the card's section make its inputs; the noise is sample.py's."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    shipped = {"tiny": TINY / "student", "pixel": TINY / "pixel"}
+    student = shipped.get(family) or random_student(tmp_path, family, **given)
+    export(call, tmp_path / "x", student, "--onnx", *options)
+    inputs = {"label": ("--label", "t-shirt"), "prompt": ("--prompt", PROMPTS[0]), None: ()}
+    loaded = load_student(student)
+    decoder = options if "--decoder" in options else ()
+    [expected] = sample(call, tmp_path / "own", student, *inputs[loaded.teacher.condition_type], *decoder)
+
+    card, names = (tmp_path / "x" / "README.md").read_text(), {}
+    monkeypatch.chdir(tmp_path / "x")
+    exec(card.split("As one graph of ONNX")[1].split("```python\n")[1].split("```")[0], names)
+    assert names["image"].shape == expected.shape and names["image"].dtype == np.uint8
+    feed = names["inputs"] | {"eps": noise([0], loaded.teacher.shape).numpy()}
+    if "tokens" in feed:
+        feed["tokens"] = loaded.teacher.tokenizer([PROMPTS[0]]).numpy()
+    [image] = runtime.InferenceSession("student.onnx").run(None, feed)[0]
+    assert abs(image.astype(int) - expected).max() <= 1
 
 
 def test_workflows_are_written_for_the_single_file_and_the_lora(call, tmp_path):

@@ -4,6 +4,7 @@
     python -m tools.export --student runs/sd21 --out exported/sd21 --precision fp16 --single-file --lora 64
     python -m tools.export --student runs/range --out exported/range                    guidance stays an input
     python -m tools.export --student runs/range --out exported/range5 --guidance 5      one scale, folded in
+    python -m tools.export --student runs/sd21 --out exported/sd21 --onnx               also one graph, noise to pixels
     python -m tools.export --student runs/sd21 --out exported/sd21 --push USER/NAME
 
 Other programs have no input for a target time, and no fixed input time. The target time is the constant 0 here, so its
@@ -35,6 +36,7 @@ from plumbing.weights import WEIGHTS, build, write_tensors
 from signal_ode import clean_prediction
 from student import load_student
 from tools.evaluate import usual_place
+from tools.graph import write_graph
 from tools.single_file import single_file
 
 LORA = "pytorch_lora_weights.safetensors"       # what load_lora_weights looks for
@@ -239,6 +241,8 @@ def export(student, args):
     if args.decoder:
         vae_folder, _ = find(args.decoder)
         teacher.use_decoder(args.decoder)
+    if args.onnx:
+        write_graph(out / "student.onnx", student, tensors, half=args.precision == "fp16")
     if args.lora is not None:
         files[LORA], made = make_lora(tensors, student, args.lora, dtype)
         error = lora_error(tensors, made, student)
@@ -310,14 +314,29 @@ def card(student, args, pipeline, error):
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
-        "figures": figures(args, teacher, student.fingerprint, w)}
-    applies = {"seed": pipeline, "lora": error, "single file": args.single_file,
+        "onnx_inputs": onnx_inputs(student, args), "figures": figures(args, teacher, student.fingerprint, w)}
+    applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "onnx": args.onnx,
                "programs": error or args.single_file, "limits": True,
                f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
     _, *parts = re.split(r"<!-- (.+) -->\n", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     sections = dict(zip(parts[::2], parts[1::2]))
     chosen = ["head", kind, *(name for name, whether in applies.items() if whether and name in sections)]
     return "".join(sections[name] for name in chosen).format(**words)
+
+
+def onnx_inputs(student, args):
+    """The lines of Python that make the other inputs of student.onnx than eps."""
+    lines, text = [], quoted(training_prompts(student.teacher)[0])
+    if student.teacher.text_encoder:
+        lines += ["from transformers import CLIPTokenizer",
+                  f"tokenizer = CLIPTokenizer.from_pretrained({quoted(args.push or args.out.as_posix())}, "
+                  'subfolder="tokenizer")',
+                  f'inputs["tokens"] = tokenizer([{text}], padding="max_length", return_tensors="np").input_ids']
+    if student.teacher.labels:
+        lines.append('inputs["label"] = np.array([0])')
+    if student.ranged and args.guidance is None:
+        lines.append(f'inputs["guidance"] = np.array([{student.pick_guidance()}], dtype=np.float32)')
+    return "\n".join(lines)
 
 
 def figures(args, teacher, fingerprint, w):
@@ -383,6 +402,8 @@ def parse_args():
                    "change as a matrix of this rank; `full` for all of it, in a file larger than the model unless the "
                    "student is a LoRA")
     p.add_argument("--single-file", action="store_true", help="also write all in one file, under the original names")
+    p.add_argument("--onnx", action="store_true", help="also write student.onnx, a graph from noise and token ids to "
+                   "pixels, see tools/graph.py; its weights are stored in --precision")
     p.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub")
     p.add_argument("--private", action="store_true", help="with --push: for nobody else, if it is a new repository")
     args = p.parse_args()
