@@ -98,7 +98,8 @@ def main():
                for (name, limited, _), lines in sorted(groups(share_of_budget(args.budget)).items())}
     figure = Figure(figsize=(14, 6), layout="constrained")
     distance, recall = figure.subplots(1, 2)
-    draw(distance, "frechet", "Frechet distance to real images: lower is better", (15, MOST_DISTANCE), students, methods)
+    draw(distance, "frechet", "Frechet distance to real images: lower is better", (15, MOST_DISTANCE), students,
+         methods)
     draw(recall, "recall", "recall: higher is better", (LEAST_RECALL, 0.9), students, methods)
     recall.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     drawn = io.BytesIO()

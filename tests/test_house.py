@@ -82,11 +82,12 @@ def test_the_mathematics_needs_torch_alone():
 
 
 def test_the_product_needs_its_packages_alone():
-    """Not the reference libraries. Only the curves of a log are drawn by another one."""
+    """Not the reference libraries. Only commands that say so need others: for curves, a page, a graph."""
+    optional = {"curves.py": {"matplotlib"}, "demo.py": {"gradio"}, "graph.py": {"onnx", "onnxscript"}}
     for path in files(*TOP, "plumbing", "tools"):
         names = {module.split(".")[0] for module in imported(path)}
         others = names - PACKAGES - sys.stdlib_module_names - {*TOP, "plumbing", "tools"}
-        assert others <= ({"matplotlib"} if path.name == "curves.py" else set()), path
+        assert others <= optional.get(path.name, set()), path
     named = set(re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     assert named == {*PACKAGES - {"PIL", "huggingface_hub"}, "pillow", "huggingface-hub", "pytest"}
 
@@ -105,7 +106,7 @@ def test_every_command_of_a_folder_says_in_its_docstring_how_it_is_run():
 
 
 # --------------------------------------------------------------------------------------------------------- the budgets
-@pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2550), (["tools"], 1300), (["train"], 240)])
+@pytest.mark.parametrize("names, most", [(TOP, 1350), ([*TOP, "plumbing"], 2550), (["tools"], 1600), (["train"], 240)])
 def test_lines_of_code_keep_within_their_budget(names, most):
     assert code_lines(*files(*names)) <= most
 

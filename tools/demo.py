@@ -47,7 +47,8 @@ class Painter:
         """(file, what it took, the strip of the latest files, twice: to be shown and to be kept)."""
         job, began = self.job(*job), time.perf_counter()
         [image] = sample_batch(self.student, SimpleNamespace(refine=refine, compare=[]), [job])
-        took = f"**student, {'one step' if not refine else f'1 + {refine} steps'}: {time.perf_counter() - began:.3f} s**"
+        steps = f"1 + {refine} steps" if refine else "one step"
+        took = f"**student, {steps}: {time.perf_counter() - began:.3f} s**"
         path = self.save(image, job._asdict() | self.about | {"refine": refine or ""})
         return path, took, [path, *strip][:LAST], [path, *strip][:LAST]
 

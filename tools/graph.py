@@ -98,8 +98,9 @@ def store_in_half(graph, onnx):
     for tensor in graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
         if values.dtype == "float32" and values.size > SMALL and abs(values).max() < 60_000:
-            casts.append(onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=onnx.TensorProto.FLOAT))
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), f"{tensor.name}.half"))
+            name, half = tensor.name, f"{tensor.name}.half"
+            casts.append(onnx.helper.make_node("Cast", [half], [name], to=onnx.TensorProto.FLOAT))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), half))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
