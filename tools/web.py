@@ -4,9 +4,9 @@
     python -m http.server --directory docs/web              then open http://localhost:8000
     python -m tools.web --student runs/tiny --out site      the page and its files in another folder
 
-The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web. It loads that
-from a public server, unless `npm install --no-save --prefix docs/web onnxruntime-web@1.30.0` has put it beside the page.
-Its menus hold the words of an embedded text teacher. It needs onnx and onnxscript.
+The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web. That comes
+from a public server, unless `npm install --no-save --prefix docs/web onnxruntime-web@1.30.0` has put it beside the
+page. The menus hold the words of an embedded text teacher. It needs onnx and onnxscript.
 """
 
 import shutil
