@@ -1,7 +1,8 @@
-"""The pages, in a real browser.
+"""The pages, in a real browser, and the notebook.
 
 - In tools.demo the picture follows the typing and the sliders. It is sample.py's, and so is what is downloaded.
 - A page without a server (tools.web) makes sample.py's picture of the same prompt and seed.
+- Every cell of the notebook runs, the long ones cut short.
 """
 
 import io
@@ -160,3 +161,15 @@ def test_the_page_wants_a_student_of_prompts(call, tmp_path):
     (tmp_path / "mine" / "index.html").write_text("mine")
     code, _, error = call("tools.web", "--out", tmp_path / "mine")
     assert code == 2 and "not empty" in error
+
+
+def test_the_notebook_runs(monkeypatch):
+    client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("QUICK", "1")
+    notebook = nbformat.read(ROOT / "docs" / "boot.ipynb", 4)
+    assert len(notebook.cells) <= 20
+    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in outputs) == 6 and sum("image/webp" in data for data in outputs) == 1
