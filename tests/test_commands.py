@@ -1,18 +1,22 @@
 """Every command of train.py, sample.py, tools/ and dev/ ends bad input with one sentence and exit code 2.
 
 Without a traceback, and before it has written anything. A machine whose memory does not suffice gets a sentence, too.
+The commands that the pages show have options that exist.
 """
 
 import re
 import runpy
+import shlex
 import shutil
 import sys
+from argparse import ArgumentParser
 
 import pytest
 import torch
 from PIL import Image
 
 from conftest import ROOT, copy_tiny
+from dev.commands import IS_OLD, IS_PATTERN, PAGES, commands_of, why_not
 from plumbing.files import command
 
 COMMANDS = [path for folder in (ROOT, ROOT / "tools", ROOT / "dev") for path in sorted(folder.glob("*.py"))
@@ -185,3 +189,30 @@ def test_out_of_memory_says_what_to_do(capsys):
     with pytest.raises(SystemExit, match="2"):
         command(lambda: torch.empty(2**50))
     assert capsys.readouterr().err.startswith("error: out of memory, give half the --micro-batch")
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_options_of_every_command_of_the_pages_exist(page, call, monkeypatch):
+    """Each is run as far as its options are read. `python -m dev.commands` runs them to the end."""
+    parse = ArgumentParser.parse_args
+
+    def parse_and_stop(parser, args=None, namespace=None):
+        parse(parser, args, namespace)
+        raise Parsed
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
+    for text in commands_of(page):
+        if why_not(text) in (IS_PATTERN, IS_OLD) or "pytest" in text or "ComfyUI" in text:
+            continue
+        words = shlex.split(text)
+        script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
+        name = words[script].removesuffix(".py") if script else words[words.index("-m") + 1]
+        if name in ("venv", "http.server"):
+            continue
+        rest = words[script + 1:] if script else words[words.index("-m") + 2:]
+        with pytest.raises(Parsed):
+            call(name, *rest)
+            raise AssertionError(text)
