@@ -11,11 +11,12 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,64 @@ def test_torchrun_that_is_stopped_ends_with_a_checkpoint(tmp_path):
         process.terminate()
         printed = process.stdout.read()
     assert f"stopped at step {max(checkpoints(tmp_path))}; " in printed, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["a guest", "the host"])
+def test_two_machines_go_on_when_one_is_lost_and_comes_back(two_machines, tmp_path, lost):
+    """Two agents of torchrun with a process each, which meet at an address, as on two machines. One is killed with its
+    process, and started again, as a cluster does. The other waits for it, unless they met at the one that is lost: then
+    it ends, and is started again as well. What is lost is the steps since the last checkpoint."""
+    agents, start = two_machines(tmp_path / "killed")
+    while max(checkpoints(tmp_path / "killed"), default=0) < 4:
+        assert all(process.poll() is None for process in agents), (tmp_path / "killed.txt").read_text()
+        time.sleep(0.05)
+    number = 0 if lost == "the host" else 1
+    lose(agents[number])
+    if lost == "the host":
+        assert agents[1].wait(200) != 0
+        agents[1] = start(1)
+    else:
+        time.sleep(20)                                      # torchrun counts who is silent for 15 seconds as lost
+    agents[number] = start(number)
+    assert [process.wait(200) for process in agents] == [0, 0], (tmp_path / "killed.txt").read_text()[-3000:]
+    assert "resuming at step" in (tmp_path / "killed.txt").read_text()
+    agents, _ = two_machines(tmp_path / "whole")
+    assert [process.wait(200) for process in agents] == [0, 0]
+    assert max(checkpoints(tmp_path / "whole")) == 20 and not differences(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def two_machines():
+    """A function: out -> two agents of torchrun, and a function that starts one of them. The first is the host."""
+    begun = []
+
+    def two_machines(out):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def start(number):
+            line = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={1 - number}", "--local-addr=127.0.0.1",
+                    "--max-restarts=3", "train.py", *QUICK, "--steps", 20, "--every", 4, "--out", out]
+            with open(out.with_suffix(".txt"), "a") as log:
+                begun.append(subprocess.Popen([sys.executable, *map(str, line)], cwd=ROOT, stdout=log, stderr=log,
+                                              env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+            return begun[-1]
+        return [start(0), start(1)], start
+    yield two_machines
+    for process in begun:
+        lose(process)
+
+
+def lose(agent):
+    """Kill an agent of torchrun and its processes, which are in sessions of their own."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        for pid in (agent.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
 
 
 @pytest.mark.slow

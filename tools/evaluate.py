@@ -6,6 +6,8 @@
     python -m tools.evaluate --student runs/tiny --fresh            measure the teacher again too, half an hour
     python -m tools.evaluate --seed 1 --steps 50 --sweep            other noises and prompts, less of the teacher
 
+For a student of another teacher give --inception or --clip: then tools/fidelity.py measures as papers do.
+
 The teacher is guided by the student's scale w, at all times. Its fifty steps have two more rows. In the one called
 "limited" it is guided as in matching, only where alpha_t >= 0.288; a matched student learned from that teacher. In the
 other it is guided by the scale at which its Frechet distance is smallest. The teacher's rows are measured once for each
@@ -43,10 +45,11 @@ from plumbing.files import (NOT_OURS, BadInput, command, new_parser, parsing, re
                             write_file, write_json)
 from plumbing.hub import TINY
 from plumbing.images import image_grid, noise, read_about, save_png, to_pil
-from plumbing.processes import pick_device
+from plumbing.processes import PRECISION, pick_device, torchrun
 from plumbing.weights import read_tensors
 from signal_ode import solve
 from student import REFINE_FROM, load_student
+from tools import fidelity
 from tools.judge import frechet, load_judge, moments, precision_recall, prompt
 
 STEPS = (1, 2, 4, 8, 10, 25, 50)
@@ -62,7 +65,8 @@ def judge_folder(teacher):
     for folder in (teacher.folder / "judge", teacher.folder.parent / "judge"):
         if folder.is_dir():
             return folder
-    raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its images with; the embedded ones have")
+    raise BadInput(f"teacher {teacher.spec} has no judge/ to measure its images with, as the embedded ones have: give "
+                   "--inception or --clip (docs/evaluating.md)")
 
 
 def combinations(config, num, seed):
@@ -339,6 +343,17 @@ def parse_args():
                         "(default: STUDENT/evaluation.json; for a shipped student or one of a hub in runs/)")
     p.add_argument("--fresh", action="store_true", help="measure the teacher's rows again")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    option = p.add_argument_group("as papers measure, for any teacher (tools/fidelity.py)").add_argument
+    option("--inception", type=user_path,
+           help="file of Inception's weights for torch-fidelity: FID, KID, precision, recall")
+    option("--clip", type=user_path, help="folder of a CLIP for transformers: CLIP score")
+    option("--prompts", type=user_path, help="text file, one prompt or label a line (default: those of the training)")
+    option("--real", type=user_path, help="folder of real images, to which distances are taken as well")
+    option("--size", type=int, help="scale and cut all images to so many pixels a side before Inception sees them")
+    option("--pictures", type=user_path, default=Path("runs/pictures"),
+           help="folder where they are kept (default: %(default)s)")
+    option("--batch", type=int, default=16, help="pictures at once (default: %(default)s)")
+    option("--precision", choices=list(PRECISION), default="fp32", help="of the networks (default: %(default)s)")
     return p.parse_args()
 
 
@@ -380,14 +395,31 @@ def check_ours(path):
     raise BadInput(f"{path} {NOT_OURS}")
 
 
+def as_papers_measure(student, args, w, out):
+    """Print and write the figures of tools.fidelity."""
+    check_ours(out)
+    if args.decoder:
+        student.teacher.use_decoder(args.decoder)
+    measured = fidelity.evaluate(student, args, w)
+    if measured:
+        rows, lines = measured
+        print("\n".join(lines))
+        store(write_json, out, {"teacher": student.teacher.spec, "student": str(args.student), "images": args.images,
+                                "guidance": w, "weights": student.fingerprint, "rows": rows}, needed=bool(args.json))
+
+
 def main():
     args = parse_args()
-    student = load_student(args.student, args.teacher, pick_device(args.device))
+    _, _, local_rank = torchrun()
+    student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:
         args.images = 2000 if teacher.vae is None else 5000
-    check_options(args, student, w)
     out = args.json or usual_place(args.student, teacher)
+    if args.inception or args.clip:
+        as_papers_measure(student, args, w, args.json or out.with_stem("fidelity"))
+        return
+    check_options(args, student, w)
     if out.suffix.lower() == ".png":
         raise BadInput(f"--json {out} is the name of the sheet of images beside it: call it .json")
     check_ours(out)

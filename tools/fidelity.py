@@ -1,0 +1,144 @@
+"""The measures that papers use, of a student of any teacher: tools.evaluate with --inception or --clip calls this.
+
+    python -m tools.evaluate --student runs/sd21 --prompts coco.txt --images 30000 --real coco/ --size 256 \
+        --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
+
+Image N is of prompt N and seed N. The student makes it in one step and the teacher in fifty (--steps has others). The
+pictures are kept under --pictures, and are not made again; several processes of torchrun share the work. Then come:
+
+    fid, kid                    Frechet and kernel distance of Inception's features, by torch-fidelity
+    precision, recall           of the same features, with three neighbours, by torch-fidelity
+    clip                        mean cosine of image and prompt, by transformers' CLIP
+
+Distances are to the teacher's pictures, and to a folder of real ones, which --size cuts and scales as it does ours. The
+numbers depend on how many pictures there are, and on their size: say both. It needs torch-fidelity, and for --clip
+transformers; docs/evaluating.md says where the networks' weights are.
+"""
+
+import hashlib
+import itertools
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+from plumbing.files import BadInput
+from plumbing.processes import torchrun
+from plumbing.prompts import read_prompts, training_prompts
+from sample import Job, make_images
+
+INCEPTION_AT = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                "weights-inception-2015-12-05-6726825d.pth")
+CLIP_AT = "https://huggingface.co/openai/clip-vit-large-patch14"
+FIGURES = {"fid": ".2f", "kid": ".5f", "precision": ".3f", "recall": ".3f", "clip": ".4f"}
+
+
+class Sampler:
+    """The teacher in so many DDIM steps, in the form in which sample.py calls a student."""
+
+    def __init__(self, teacher, w, steps):
+        self.teacher, self.guidance, self.ranged, self.steps = teacher, w, False, steps
+
+    def refine(self, eps, _, w, **condition):
+        grid = self.teacher.schedule.grid(self.steps)
+        return self.teacher.solve(eps, grid, w=w, **condition)
+
+
+def check_networks(args):
+    """Raise BadInput if the networks that measure, or their packages, are not there: before hours of pictures."""
+    if args.inception and not Path(args.inception).is_file():
+        raise BadInput(f"--inception {args.inception} is missing: it is at {INCEPTION_AT}")
+    if args.clip and not (Path(args.clip) / "config.json").is_file():
+        raise BadInput(f"--clip {args.clip} is not a folder with CLIP's config.json: one is at {CLIP_AT}")
+    if args.real and not any(Path(args.real).glob("*.*")):
+        raise BadInput(f"--real {args.real} is not a folder with images")
+    try:
+        if args.inception:
+            import torch_fidelity  # noqa: F401
+        if args.clip:
+            import transformers  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f"{error}: pip install torch-fidelity transformers") from None
+
+
+def make_pictures(sampler, args, jobs, about):
+    """Make the pictures of a sampler that are not there yet, with the other processes. Returns their folder."""
+    rank, world, _ = torchrun()
+    digits = hashlib.blake2b(repr([sorted(about.items()), jobs]).encode(), digest_size=6).hexdigest()
+    folder = args.pictures / f"{about['sampler']}-{digits}"
+    make_images(sampler, SimpleNamespace(batch=args.batch, refine=0, compare=[]), jobs, about, folder, rank, world)
+    while world > 1 and not all((folder / job.file).exists() for job in jobs):
+        time.sleep(1)                                       # for the shares of the others
+    return folder
+
+
+def distances(args, folder, other, device):
+    """FID, KID, precision and recall of a folder of pictures to another one."""
+    from torch_fidelity import calculate_metrics
+    count = min(sum(1 for _ in Path(each).glob("*.*")) for each in (folder, other))
+    found = calculate_metrics(
+        input1=str(folder), input2=str(other), fid=True, kid=True, prc=True, cuda=device.type == "cuda", verbose=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(args.inception), cache=False,
+        kid_subset_size=min(1000, count), samples_resize_and_crop=args.size or 0)
+    return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"],
+            "precision": found["precision"], "recall": found["recall"]}
+
+
+@torch.no_grad()
+def clip_score(args, folder, jobs, device):
+    """The mean cosine of the pictures' embeddings and those of their prompts."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    model = CLIPModel.from_pretrained(args.clip, local_files_only=True).to(device).eval()
+    process, tokenizer = CLIPImageProcessor.from_pretrained(args.clip), CLIPTokenizer.from_pretrained(args.clip)
+    total = 0.0
+    for part in (jobs[k:k + args.batch] for k in range(0, len(jobs), args.batch)):
+        images = process([Image.open(folder / job.file).convert("RGB") for job in part], return_tensors="pt")
+        text = tokenizer([job.prompt for job in part], padding=True, truncation=True, return_tensors="pt")
+        out = model(**images.to(device), **text.to(device))
+        total += (out.image_embeds * out.text_embeds).sum().item()
+    return total / len(jobs)
+
+
+def evaluate(student, args, w):
+    """(rows, lines of text) of the student and its teacher at w; None in a process that only made pictures. Raises
+    BadInput."""
+    check_networks(args)
+    teacher, steps = student.teacher, args.steps[-1]
+    known = read_prompts(args.prompts) if args.prompts else training_prompts(teacher)
+    jobs = [Job(f"{k:06d}.png", prompt, args.seed + k, w)
+            for k, prompt in zip(range(args.images), itertools.cycle(known))]
+    common = {"decoder": teacher.decoder or "", "precision": args.precision}
+    folders = {
+        "student": make_pictures(student, args, jobs, common | {"sampler": "student", "weights": student.fingerprint}),
+        "teacher": make_pictures(Sampler(teacher, w, steps), args, jobs, common | {
+            "sampler": f"ddim-{steps}", "weights": teacher.fingerprint, "negative": teacher.negative_prompt}),
+        "real": args.real}
+    rank, _, _ = torchrun()
+    if rank:
+        return None
+    scores, rows = {}, []
+    for name in ("student", "teacher") if args.clip else ():
+        scores[name] = clip_score(args, folders[name], jobs, teacher.device)
+    pairs = [("student", "teacher"), ("student", "real"), ("teacher", "real")]
+    if not args.inception:
+        pairs = [("student", None), ("teacher", None)]
+    for name, other in pairs:
+        if other is None or folders[other]:
+            found = distances(args, folders[name], folders[other], teacher.device) if other else {}
+            rows.append({"sampler": name, "steps": 1 if name == "student" else steps, "guidance": w,
+                         "reference": other, "clip": scores.get(name)} | found)
+    size = f"scaled to {args.size} pixels" if args.size else "as they are"
+    return rows, [f"{args.images} images of {len(set(known))} prompts, w = {w:g}, {size}; they are in",
+                  *(f"  {folder}" for name, folder in folders.items() if name != "real"), *table(rows)]
+
+
+def table(rows):
+    """The rows as lines of text, with a heading."""
+    lines = ["sampler  steps  distance to  " + "  ".join(f"{name:>9}" for name in FIGURES)]
+    for row in rows:
+        figures = ["-" if row.get(name) is None else format(row[name], form) for name, form in FIGURES.items()]
+        lines.append(f"{row['sampler']:7}  {row['steps']:5}  {row['reference'] or '-':11}  "
+                     + "  ".join(f"{figure:>9}" for figure in figures))
+    return lines
