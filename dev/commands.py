@@ -41,6 +41,7 @@ NOT_RUN = [
     (r"train_tiny$|--stages|--fresh|dev\.kill|dev\.paper ablations|lab$|--limited|--measure", "takes an hour or more"),
     (r"dev\.bench|dev\.synthesise", "is for the size of Stable Diffusion; tests run it on a small one"),
     (r"dev\.paper uncurated", "needs a student that takes twenty minutes"),
+    (r"coco", "needs weights and images; tests/test_fidelity.py runs it on small ones"),
     (r"tools\.plan", "counts for minutes; tests/test_plan.py has it")]
 
 

@@ -1,0 +1,121 @@
+"""Does an exported student make sample.py's picture in ComfyUI? It is started here, without a screen.
+
+    python -m dev.comfy ~/ComfyUI --student runs/sd21
+    python -m dev.comfy ~/ComfyUI --student runs/sd21 --python ~/ComfyUI/venv/bin/python
+
+The student, of a Stable Diffusion, is exported as one file with its workflow. ComfyUI computes that workflow on the CPU,
+for the prompt and seed given. One should see the largest difference of the two pictures, of 255, and ComfyUI's version.
+It takes a few minutes, and three times the student's size on disk for a while. The folder of ComfyUI is not changed.
+"""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from plumbing.files import BadInput, command, new_parser, read_json, user_path, user_spec
+from plumbing.hub import ROOT
+
+PATIENCE = 900          # seconds for ComfyUI to start, and for it to make the picture
+
+
+def run_tool(*args):
+    """Run one of our commands; raises BadInput if it fails."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BadInput(f"{' '.join(map(str, args))}: {done.stderr.strip()}")
+
+
+def ask(address, path, content=None):
+    """The answer of ComfyUI's server: JSON, or the bytes of a picture."""
+    data = None if content is None else json.dumps(content).encode()
+    with urllib.request.urlopen(f"{address}/{path}", data, timeout=60) as answer:
+        body = answer.read()
+    return body if path.startswith("view") else json.loads(body)
+
+
+def wait_for(what, server, log):
+    """What a function returns, as soon as it is something and ComfyUI answers. Raises BadInput."""
+    end = time.time() + PATIENCE
+    while time.time() < end and server.poll() is None:
+        try:
+            if found := what():
+                return found
+        except urllib.error.URLError:
+            pass
+        time.sleep(1)
+    raise BadInput(f"ComfyUI does not answer: {log.read_text()[-2000:]}")
+
+
+def paint(args, folder, workflow):
+    """The picture that ComfyUI makes by a workflow with the single file in the folder, (H, W, 3), and its version."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name in ("models/checkpoints", "user", "input", "output", "temp"):
+        (folder / "base" / name).mkdir(parents=True, exist_ok=True)
+    for path in (folder / "exported").glob("*.safetensors"):
+        path.rename(folder / "base" / "models" / "checkpoints" / path.name)
+    address, log = f"http://127.0.0.1:{port}", folder / "comfyui.txt"
+    line = [args.python, "main.py", "--cpu", "--force-fp32", "--port", str(port), "--base-directory",
+            str(folder / "base"), "--disable-auto-launch"]
+    with open(log, "w") as file:
+        server = subprocess.Popen(line, cwd=args.comfyui, stdout=file, stderr=file)
+    try:
+        about = wait_for(lambda: ask(address, "system_stats"), server, log)
+        number = ask(address, "prompt", {"prompt": workflow})["prompt_id"]
+        history = wait_for(lambda: ask(address, f"history/{number}").get(number), server, log)
+        if not (images := [image for node in history["outputs"].values() for image in node.get("images", [])]):
+            raise BadInput(f"ComfyUI has made no picture: {json.dumps(history['status'])[:2000]}")
+        query = "&".join(f"{key}={images[0][key]}" for key in ("filename", "subfolder", "type"))
+        path = folder / "theirs.png"
+        path.write_bytes(ask(address, f"view?{query}"))
+        return np.asarray(Image.open(path).convert("RGB")).astype(int), about["system"]["comfyui_version"]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main():
+    p = new_parser(__doc__)
+    p.add_argument("comfyui", type=user_path, help="folder of ComfyUI, with its main.py")
+    p.add_argument("--student", type=user_spec, required=True, help="what train.py wrote, of a Stable Diffusion")
+    p.add_argument("--python", default=sys.executable, help="that runs ComfyUI (default: this one)")
+    p.add_argument("--prompt", default="a raccoon in a space suit")
+    p.add_argument("--seed", type=int, default=7)
+    args = p.parse_args()
+    if not (args.comfyui / "main.py").exists():
+        raise BadInput(f"{args.comfyui} has no main.py: give the folder of ComfyUI")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        run_tool("-m", "tools.export", "--student", args.student, "--out", folder / "exported", "--single-file")
+        run_tool("sample.py", "--student", args.student, "--prompt", args.prompt, "--seed", args.seed, "--out",
+                 folder / "ours.png")
+        workflow = read_json(folder / "exported" / "workflow.json")
+        texts = [node for node in workflow.values() if node["class_type"] == "CLIPTextEncode"]
+        next(node for node in texts if node["inputs"]["text"])["inputs"]["text"] = args.prompt
+        for node in workflow.values():
+            if "noise_seed" in node["inputs"]:
+                node["inputs"]["noise_seed"] = args.seed
+        theirs, version = paint(args, folder, workflow)
+        ours = np.asarray(Image.open(folder / "ours.png")).astype(int)
+        if theirs.shape != ours.shape:
+            raise BadInput(f"ComfyUI's picture is of {theirs.shape}, and not of {ours.shape}")
+        error = abs(theirs - ours)
+        print(f"ComfyUI {version}: its picture differs from sample.py's by {error.max()} of 255 at most, "
+              f"{(error**2).mean() ** 0.5:.2f} RMS; the picture's own deviation is {ours.std():.0f}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    command(main)
