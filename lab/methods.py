@@ -212,7 +212,7 @@ class Score(NamedTuple):
     guided: bool = False
     updates: int = 1
     pairs: float = 0.0
-    rates: tuple = (1e-5, 1e-4, 3e-4)
+    rates: tuple = (1e-5, 3e-5, 1e-4)
     critic: float = 1.0
 
 
@@ -221,12 +221,12 @@ SCORES = {
     "Diff-Instruct": Score(divisor="one"),
     # Nguyen & Tran 2023, 2312.05239: sigma^2 times the difference of epsilons. Its critic is a LoRA; here it is not.
     "SwiftBrush": Score(divisor="one", weight=lambda alpha, sigma: alpha * sigma, critic_w=3.0,
-                        rates=(1e-6, 1e-4, 3e-4)),
+                        rates=(1e-6, 3e-5, 1e-4)),
     # Zhou et al. 2024, 2404.04057
     "SiD, a = 1": Score(a=1.0),
     "SiD, a = 1.2": Score(a=1.2),
     # Zhou et al. 2024, 2406.01561
-    "SiD-LSG": Score(a=1.0, critic_w=3.0, guided=True, rates=(1e-6, 1e-4, 3e-4)),
+    "SiD-LSG": Score(a=1.0, critic_w=3.0, guided=True, rates=(1e-6, 3e-5, 1e-4)),
     # Yin et al. 2023, 2311.18828, where the distance on pairs is LPIPS
     "DMD": Score(pairs=0.25),
     # Yin et al. 2024, 2405.14867
@@ -234,7 +234,7 @@ SCORES = {
     # Luo et al. 2024, 2410.16794; the constant 0.02 of its divisor is ours
     "SIM": Score(a=1.0, divisor="difference"),
     # Luo et al. 2025, 2503.06674, whose critic has the weight min(SNR, 5)
-    "TDM at one step": Score(huber=True, rates=(4e-6, 1e-4, 3e-4), critic=5.0),
+    "TDM at one step": Score(huber=True, rates=(4e-6, 3e-5, 1e-4), critic=5.0),
 }
 
 
@@ -378,5 +378,5 @@ METHODS = {
     **{name: Method(score(row), row.rates, row.critic, beta_1=0.0, networks=3) for name, row in SCORES.items()},
     "BOOT, then matching": Method(ours, (5e-4, 2e-4, 1e-3), 0.1, ramp=our_ramp, networks=3),
     "FreeFlow's form": Method(freeflow, (1e-5, 1e-4, 4e-4), 1.0, beta_1=0.0, networks=3),
-    "TwinFlow without images": Method(twinflow, (1e-5, 1e-4, 3e-4), beta_1=0.0),
+    "TwinFlow without images": Method(twinflow, (1e-5, 3e-5, 1e-4), beta_1=0.0),
 }
