@@ -46,9 +46,9 @@ def share_of_budget(share):
     return round(share * BUDGET)
 
 
-def measured(args, name, rate, seed, budget):
-    """The line of one run, which is made unless it is there."""
-    key = {"method": name, "limited": args.limited, "rate": rate, "seed": seed, "budget": budget}
+def measured(args, name, rate, seed, budget, trial=False):
+    """The line of one run, which is made unless it is there. trial: of a rate."""
+    key = {"method": name, "limited": args.limited, "rate": rate, "seed": seed, "budget": budget, "trial": trial}
     for line in read_lines(RESULTS):
         if key.items() <= line.items():
             return line
@@ -72,7 +72,7 @@ def run(args, name):
     """All runs of a method: its rates at half the budget, then the best of them with every seed."""
     rates, tried = list(METHODS[name].rates), []
     for rate in rates:
-        tried.append(measured(args, name, rate, 0, args.budget // 2))
+        tried.append(measured(args, name, rate, 0, args.budget // 2, trial=True))
         best = min(tried, key=lambda line: line["frechet"])["rate"]
         if len(tried) == len(METHODS[name].rates) and best == max(rates):
             rates.append(3 * best)
@@ -84,7 +84,7 @@ def groups(budget):
     """{(method, limited, rate): its lines, one for each seed} of what is measured with so many evaluations."""
     found = {}
     for line in read_lines(RESULTS):
-        if line["budget"] == budget:
+        if line["budget"] == budget and not line["trial"]:
             found.setdefault((line["method"], line["limited"], line["rate"]), []).append(line)
     return found
 

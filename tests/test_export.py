@@ -11,6 +11,7 @@
 
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,20 +231,20 @@ def test_one_graph_makes_the_same_image_without_pytorch(call, tmp_path, monkeypa
     runtime = pytest.importorskip("onnxruntime")
     shipped = {"tiny": TINY / "student", "pixel": TINY / "pixel"}
     student = shipped.get(family) or random_student(tmp_path, family, **given)
-    export(call, tmp_path / "x", student, "--onnx", *options)
+    monkeypatch.chdir(tmp_path)
+    export(call, Path("x"), student, "--onnx", *options)
     inputs = {"label": ("--label", "t-shirt"), "prompt": ("--prompt", PROMPTS[0]), None: ()}
     loaded = load_student(student)
     decoder = options if "--decoder" in options else ()
     [expected] = sample(call, tmp_path / "own", student, *inputs[loaded.teacher.condition_type], *decoder)
 
-    card, names = (tmp_path / "x" / "README.md").read_text(), {}
-    monkeypatch.chdir(tmp_path / "x")
+    card, names = Path("x/README.md").read_text(), {}
     exec(card.split("As one graph of ONNX")[1].split("```python\n")[1].split("```")[0], names)
     assert names["image"].shape == expected.shape and names["image"].dtype == np.uint8
     feed = names["inputs"] | {"eps": noise([0], loaded.teacher.shape).numpy()}
     if "tokens" in feed:
         feed["tokens"] = loaded.teacher.tokenizer([PROMPTS[0]]).numpy()
-    [image] = runtime.InferenceSession("student.onnx").run(None, feed)[0]
+    [image] = runtime.InferenceSession("x/student.onnx").run(None, feed)[0]
     assert abs(image.astype(int) - expected).max() <= 1
 
 

@@ -241,8 +241,6 @@ def export(student, args):
     if args.decoder:
         vae_folder, _ = find(args.decoder)
         teacher.use_decoder(args.decoder)
-    if args.onnx:
-        write_graph(out / "student.onnx", student, tensors, half=args.precision == "fp16")
     if args.lora is not None:
         files[LORA], made = make_lora(tensors, student, args.lora, dtype)
         error = lora_error(tensors, made, student)
@@ -250,6 +248,8 @@ def export(student, args):
     write_tensors(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
     write_json(out / "scheduler" / "scheduler_config.json", {**scheduler, EXPORTED: teacher.spec})
+    if args.onnx:
+        write_graph(out / "student.onnx", student, tensors, half=args.precision == "fp16")
     for name, content in files.items():
         write_tensors(out / name, content, dtype)
         lora = name == LORA
@@ -314,7 +314,8 @@ def card(student, args, pipeline, error):
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
-        "onnx_inputs": onnx_inputs(student, args), "figures": figures(args, teacher, student.fingerprint, w)}
+        "onnx_inputs": onnx_inputs(student, args), "graph": quoted((args.out / "student.onnx").as_posix()),
+        "figures": figures(args, teacher, student.fingerprint, w)}
     applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "onnx": args.onnx,
                "programs": error or args.single_file, "limits": True,
                f"limits of {kind}": True, "limits of prompts": teacher.text_encoder, "figures": True}
@@ -326,11 +327,10 @@ def card(student, args, pipeline, error):
 
 def onnx_inputs(student, args):
     """The lines of Python that make the other inputs of student.onnx than eps."""
-    lines, text = [], quoted(training_prompts(student.teacher)[0])
+    lines, text, where = [], quoted(training_prompts(student.teacher)[0]), args.push or args.out.as_posix()
     if student.teacher.text_encoder:
         lines += ["from transformers import CLIPTokenizer",
-                  f"tokenizer = CLIPTokenizer.from_pretrained({quoted(args.push or args.out.as_posix())}, "
-                  'subfolder="tokenizer")',
+                  f'tokenizer = CLIPTokenizer.from_pretrained({quoted(where)}, subfolder="tokenizer")',
                   f'inputs["tokens"] = tokenizer([{text}], padding="max_length", return_tensors="np").input_ids']
     if student.teacher.labels:
         lines.append('inputs["label"] = np.array([0])')

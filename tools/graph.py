@@ -12,7 +12,6 @@ out. `python -m tools.export --onnx` writes it, and tools.web does for a page. I
 """
 
 import contextlib
-import functools
 import io
 import logging
 import warnings
@@ -66,8 +65,9 @@ def inputs_of(student, graph):
 
 @torch.no_grad()
 def write_graph(path, student, tensors, half=False):
-    """Write a student's graph; weights of more than 1 GB go to a second file, with .data after its name. It computes in
-    float32; `half` stores the weights in float16. `tensors`: of tools.export.fold. Raises BadInput."""
+    """Write a student's graph. If its weights have more than 1 GB, they get a second file with .data after the name,
+    because ONNX allows 2 GB in one. It computes in float32; `half` stores the weights in float16. `tensors`: of
+    tools.export.fold. Raises BadInput."""
     try:
         import onnx
         import onnxscript  # noqa: F401, which torch.onnx needs
@@ -87,8 +87,7 @@ def write_graph(path, student, tensors, half=False):
         store_in_half(model.graph, onnx)
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save = functools.partial(onnx.save, model, path)
-    save(save_as_external_data=True, location=f"{path.name}.data") if size > LARGE else save()
+    onnx.save(model, path, save_as_external_data=size > LARGE, location=f"{path.name}.data")
 
 
 def store_in_half(graph, onnx):

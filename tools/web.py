@@ -4,21 +4,21 @@
     python -m http.server --directory docs/web              then open http://localhost:8000
     python -m tools.web --student runs/tiny --out site      the page and its files in another folder
 
-The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web. That comes
-from a public server, unless `npm install --no-save --prefix docs/web onnxruntime-web@1.30.0` has put it beside the
-page. The menus hold the words of an embedded text teacher. It needs onnx and onnxscript.
+The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web, which it loads
+from a public server. After `npm install --no-save --prefix docs/web onnxruntime-web@1.30.0` it loads the copy beside
+itself. The menus hold the words of the embedded text teacher. It needs onnx and onnxscript.
 """
 
 import shutil
 
 from plumbing.files import BadInput, check_new, command, new_parser, read_json, user_path, user_spec, write_json
-from plumbing.hub import TINY
+from plumbing.hub import ROOT, TINY, is_embedded
 from student import load_student
 from tools.evaluate import judge_folder
 from tools.export import fold
 from tools.graph import write_graph
 
-PAGE = TINY.parent / "docs" / "web" / "index.html"
+PAGE = ROOT / "docs" / "web" / "index.html"
 GRAPH, WORDS = "student.onnx", "words.json"
 
 
@@ -41,8 +41,8 @@ def main():
     if args.out.resolve() != PAGE.parent:
         check_new(args.out)
     student = load_student(args.student)
-    if not student.teacher.text_encoder:
-        raise BadInput(f"the page has prompts, and teacher {student.teacher.spec} has none")
+    if not student.teacher.text_encoder or not is_embedded(student.teacher.spec):
+        raise BadInput(f"the page has the prompts of the embedded teacher, and not those of {student.teacher.spec}")
     known = words(student.teacher)
     write_graph(args.out / GRAPH, student, fold(student.network, student.pick_guidance(args.guidance)), half=True)
     write_json(args.out / WORDS, known)
