@@ -3,19 +3,19 @@
     python -m dev.comfy ~/ComfyUI --student runs/sd21
     python -m dev.comfy ~/ComfyUI --student runs/sd21 --python ~/ComfyUI/venv/bin/python
 
-The student, of a Stable Diffusion, is exported as one file with its workflow. ComfyUI computes that workflow on the CPU,
-for the prompt and seed given. One should see the largest difference of the two pictures, of 255, and ComfyUI's version.
+The student, of a Stable Diffusion, is exported as one file with its workflow. ComfyUI computes that on the CPU, for the
+prompt and seed given. One should see the largest difference of the two pictures, of 255, and ComfyUI's version.
 It takes a few minutes, and three times the student's size on disk for a while. The folder of ComfyUI is not changed.
 """
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -38,8 +38,11 @@ def run_tool(*args):
 def ask(address, path, content=None):
     """The answer of ComfyUI's server: JSON, or the bytes of a picture."""
     data = None if content is None else json.dumps(content).encode()
-    with urllib.request.urlopen(f"{address}/{path}", data, timeout=60) as answer:
-        body = answer.read()
+    try:
+        with urllib.request.urlopen(f"{address}/{path}", data, timeout=60) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:
+        raise BadInput(f"ComfyUI refuses {path}: {error.read().decode()[:2000]}") from None
     return body if path.startswith("view") else json.loads(body)
 
 
@@ -50,7 +53,7 @@ def wait_for(what, server, log):
         try:
             if found := what():
                 return found
-        except urllib.error.URLError:
+        except OSError:                                     # it does not listen yet
             pass
         time.sleep(1)
     raise BadInput(f"ComfyUI does not answer: {log.read_text()[-2000:]}")
@@ -67,7 +70,7 @@ def paint(args, folder, workflow):
         path.rename(folder / "base" / "models" / "checkpoints" / path.name)
     address, log = f"http://127.0.0.1:{port}", folder / "comfyui.txt"
     line = [args.python, "main.py", "--cpu", "--force-fp32", "--port", str(port), "--base-directory",
-            str(folder / "base"), "--disable-auto-launch"]
+            str(folder / "base"), "--disable-auto-launch", "--disable-all-custom-nodes"]
     with open(log, "w") as file:
         server = subprocess.Popen(line, cwd=args.comfyui, stdout=file, stderr=file)
     try:
@@ -76,7 +79,7 @@ def paint(args, folder, workflow):
         history = wait_for(lambda: ask(address, f"history/{number}").get(number), server, log)
         if not (images := [image for node in history["outputs"].values() for image in node.get("images", [])]):
             raise BadInput(f"ComfyUI has made no picture: {json.dumps(history['status'])[:2000]}")
-        query = "&".join(f"{key}={images[0][key]}" for key in ("filename", "subfolder", "type"))
+        query = urllib.parse.urlencode({key: images[0][key] for key in ("filename", "subfolder", "type")})
         path = folder / "theirs.png"
         path.write_bytes(ask(address, f"view?{query}"))
         return np.asarray(Image.open(path).convert("RGB")).astype(int), about["system"]["comfyui_version"]
@@ -95,11 +98,11 @@ def main():
     args = p.parse_args()
     if not (args.comfyui / "main.py").exists():
         raise BadInput(f"{args.comfyui} has no main.py: give the folder of ComfyUI")
-    folder = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         run_tool("-m", "tools.export", "--student", args.student, "--out", folder / "exported", "--single-file")
-        run_tool("sample.py", "--student", args.student, "--prompt", args.prompt, "--seed", args.seed, "--out",
-                 folder / "ours.png")
+        run_tool("sample.py", "--student", args.student, "--prompt", args.prompt, "--seed", args.seed,
+                 "--device", "cpu", "--out", folder / "ours.png")
         workflow = read_json(folder / "exported" / "workflow.json")
         texts = [node for node in workflow.values() if node["class_type"] == "CLIPTextEncode"]
         next(node for node in texts if node["inputs"]["text"])["inputs"]["text"] = args.prompt
@@ -113,8 +116,6 @@ def main():
         error = abs(theirs - ours)
         print(f"ComfyUI {version}: its picture differs from sample.py's by {error.max()} of 255 at most, "
               f"{(error**2).mean() ** 0.5:.2f} RMS; the picture's own deviation is {ours.std():.0f}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

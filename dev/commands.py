@@ -20,9 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from plumbing.files import command, new_parser
+from plumbing.files import BadInput, command, new_parser
+from plumbing.hub import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT)), "tiny/README.md"]
 SUBSTITUTES = [
     (r"--teacher (\./)?sd21\b", "--teacher tiny"), (r"--nproc_per_node=8", "--nproc_per_node=2"),
@@ -51,7 +51,7 @@ def commands_of(page):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"\s#(?=\s)", line)[0].split("&&"):
                 words = part.split()
-                if re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun)", part.strip()):
+                if re.match(r"(python|torchrun)\b", part.strip()):
                     yield " ".join(words)
 
 
@@ -68,15 +68,17 @@ def why_not(text):
 
 
 def run(text, folder):
-    """Run a command; returns the last line that it said, or None if it went well. A training begins anew."""
+    """Run a command; returns the end of what it said, or None if it went well. A training begins anew."""
     words = shlex.split(text)
     if "train.py" in words:
-        out = words[words.index("--out") + 1] if "--out" in words else "runs/tiny"
-        shutil.rmtree(folder / out, ignore_errors=True)
+        out = folder / (words[words.index("--out") + 1] if "--out" in words else "runs/tiny")
+        if not out.resolve().is_relative_to(folder.resolve()):
+            raise BadInput(f"--out {out} is outside of the copy: {text}")
+        shutil.rmtree(out, ignore_errors=True)
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     done = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return None if done.returncode == 0 else (done.stderr or done.stdout).strip().splitlines()[-1]
+    return None if done.returncode == 0 else (done.stderr + done.stdout).strip()[-300:] or "no word"
 
 
 def main():
@@ -89,7 +91,8 @@ def main():
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True)
         subprocess.run(["tar", "x"], cwd=folder, input=archive.stdout, check=True)
         for name, options in MADE.items():
-            assert not run(f"python train.py --out runs/{name} {options} {SHORT}", folder)
+            if error := run(f"python train.py --out runs/{name} {options} {SHORT}", folder):
+                raise BadInput(error)
         for page in args.pages:
             for text in commands_of(page):
                 reason, own = why_not(text), substitute(text)

@@ -16,10 +16,10 @@ The other students are the shipped ones, which BOOT trained and matching after i
 
 import io
 import re
+import sys
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import train
@@ -34,7 +34,8 @@ from tools.evaluate import Evaluation, teacher_rows
 FOLDER = Path("docs/paper")
 PROMPTS = ["a red ankle boot on a yellow background", "a green coat on a pink background",
            "a blue bag on a white background", "a purple sneaker on an orange background"]
-SHORT = ["--match", "0", "--steps", "600", "--samples", "0", "--every", "600"]
+DRAW, STEPS = train.draw, 600
+SHORT = ["--match", "0", "--steps", str(STEPS), "--samples", "0", "--every", str(STEPS)]
 ABLATIONS = {
     "the default: boundary loss, uniform times, Heun, K = 10": [],
     "no boundary loss": ["--beta", "0"],
@@ -49,7 +50,7 @@ ABLATIONS = {
 
 
 def save(figure, name):
-    """A figure, or an image, as docs/paper/NAME.png."""
+    """Write a figure as docs/paper/NAME.png."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     save_png(FOLDER / f"{name}.png", Image.open(drawn), {})
@@ -58,6 +59,7 @@ def save(figure, name):
 
 def show_rows(name, rows, columns=()):
     """Draw rows of images, {text: list of PIL images}, with the texts left of them. columns: texts above."""
+    from matplotlib.figure import Figure                    # here, because the ablations do without
     count = max(map(len, rows.values()))
     figure = Figure(figsize=(2.6 + 0.85 * count, 0.4 + 0.95 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), count + 1, squeeze=False, width_ratios=[2.6, *[0.85] * count])
@@ -125,7 +127,7 @@ def uncurated(folder):
         eps, condition = noise(range(10), teacher.shape), teacher.encode([prompt] * 10)
         for steps in (50, 10, 1):
             x = teacher.solve(eps, teacher.schedule.grid(steps), w=w, **condition)
-            rows[f"{kind}: DDIM, {steps} step{'s' * (steps > 1)}"] = to_pil(teacher.decode(x))
+            rows[f"{kind}: DDIM, {steps} step{'' if steps == 1 else 's'}"] = to_pil(teacher.decode(x))
         rows[f"{kind}: student, 1 step"] = to_pil(teacher.decode(student(eps, 0, **condition)))
     show_rows("uncurated", rows)
 
@@ -133,11 +135,8 @@ def uncurated(folder):
 def progressive(seed, step, samples, shape, T, num_prompts, guidance):
     """train.draw with times from the part of 1..T that has been reached, which grows from T down as the run goes on."""
     prompt, eps, t, *rest = DRAW(seed, step, samples, shape, T, num_prompts, guidance)
-    reached = min(1.0, (step + 1) / 600)
+    reached = min(1.0, (step + 1) / STEPS)
     return prompt, eps, T - ((T - t) * reached).long(), *rest
-
-
-DRAW = train.draw
 
 
 def ablations():
@@ -150,7 +149,7 @@ def ablations():
         with Run(args) as run:
             train.train(args, run)
         if run.interrupted:
-            return
+            sys.exit(130)
         evaluation = Evaluation(load_student(out), 5000, 3.0, 0)
         _, *reference = teacher_rows(evaluation, [50], False)
         row, _ = evaluation.measure(evaluation.one_step(), name, *reference)
@@ -163,10 +162,14 @@ def main():
     p.add_argument("what", choices=["pathways", "ends", "uncurated", "ablations"])
     p.add_argument("--unconditional", type=user_spec, default="runs/unconditional", help="for `uncurated`, see above")
     args = p.parse_args()
-    if args.what == "uncurated":
+    if args.what == "pathways":
+        pathways()
+    elif args.what == "ends":
+        ends()
+    elif args.what == "uncurated":
         uncurated(args.unconditional)
     else:
-        {"pathways": pathways, "ends": ends, "ablations": ablations}[args.what]()
+        ablations()
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from PIL import Image
 from lab.__main__ import FIGURES, IMAGES, groups, read_lines, share_of_budget
 from lab.loop import W
 from plumbing.files import BadInput, command, new_parser, user_path
+from plumbing.hub import TINY
 from plumbing.images import read_about, save_png
 from plumbing.processes import pick_device
 from student import load_student
-from tools.evaluate import TINY, Evaluation, limited_rows, teacher_rows
+from tools.evaluate import Evaluation, limited_rows, teacher_rows
 
 TEACHER = Path(__file__).parent / "teacher.jsonl"
 SCALES = 1.5, 2.0, 3.0, 4.0, 5.0
@@ -89,11 +90,14 @@ def main():
     device, students = pick_device(args.device), {}
     if args.measure:
         measure_teacher(Evaluation(load_student(TINY / "student", None, device), IMAGES, W, 0))
+    elif not TEACHER.exists():
+        raise BadInput(f"{TEACHER} is missing: give --measure, for hours")
     for folder in args.students:
-        evaluation = Evaluation(load_student(folder, None, device), IMAGES, W, 0)
-        _, reference, _ = teacher_rows(evaluation, [50], False)
-        name = "shipped student" if folder == TINY / "student" else folder.name
-        students[name], _ = evaluation.measure(evaluation.one_step(), name, reference)
+        student = load_student(folder, "tiny", device)
+        student.pick_guidance(W)
+        evaluation = Evaluation(student, IMAGES, W, 0)
+        name = "/".join(folder.resolve().parts[-2:])
+        students[name], _ = evaluation.measure(evaluation.one_step(), name)
     methods = {name + (", limited" if limited else ""): lines
                for (name, limited, _), lines in sorted(groups(share_of_budget(args.budget)).items())}
     figure = Figure(figsize=(14, 6), layout="constrained")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,9 +62,11 @@ def serve():
                     return f"http://127.0.0.1:{number}"
             assert process.poll() is None
             time.sleep(0.1)
+        raise AssertionError("no answer for a minute")
     yield serve
     for process in started:
-        process.kill()
+        process.terminate()
+        process.wait()
 
 
 def sample(call, tmp_path, *options):
@@ -116,21 +119,22 @@ def test_every_kind_of_student_has_its_page(tmp_path, student):
     gradio = pytest.importorskip("gradio")
     from test_export import random_student
     from student import load_student
-    from tools.demo import Painter, build_page
+    from tools.demo import Images, build_page
     folder = {"class": lambda: TINY / "pixel", "range": lambda: random_student(tmp_path, "sd15", [2.0, 8.0]),
               "unconditional": lambda: random_student(tmp_path, "ddpm-cifar10-32")}[student]()
-    painter = Painter(load_student(folder), {}, tmp_path)
+    images = Images(load_student(folder), {}, tmp_path)
     first = "t-shirt" if student == "class" else ""
-    page = build_page(gradio, painter, first)
+    page = build_page(gradio, images, first)
     visible = [block["props"].get("label") for block in page.get_config_file()["components"]
                if block["props"].get("visible", True)]
     assert ("label" in visible, "prompt" in visible, "guidance" in visible) == (
         student == "class", student == "range", student == "range")
-    path, took, strip, kept = painter.paint(0, [], first, 3, painter.student.pick_guidance())
-    assert read_about(strip[0])["seed"] == "3" and "one step" in took and strip == kept == [path]
-    path, took = painter.paint_teacher(True, 2, first, 3, painter.student.pick_guidance())
-    assert read_about(strip[0]) and "2 steps" in took
-    assert painter.paint_teacher(False, 2, first, 3, 1.0) == (None, "")
+    job = first, 3, images.student.pick_guidance()
+    path, took, strip, kept = images.of_student(0, [str(tmp_path / "gone.png")], *job)
+    assert read_about(Path(path))["seed"] == "3" and "one step" in took and strip == kept == [path]
+    path, took = images.of_teacher(True, 2, *job)
+    assert read_about(Path(path))["steps"] == "2" and "2 steps" in took
+    assert images.of_teacher(False, 2, *job) == (None, "")
 
 
 def test_the_web_page_makes_the_same_picture(page, serve, call, tmp_path):

@@ -173,11 +173,13 @@ def two_machines():
 
 def lose(agent):
     """Kill an agent of torchrun and its processes, which are in sessions of their own."""
-    with suppress(FileNotFoundError, ProcessLookupError):
+    if agent.poll() is None:
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        for pid in (agent.pid, *map(int, children)):
-            os.kill(pid, signal.SIGKILL)
-    agent.wait()
+        agent.kill()
+        for pid in map(int, children):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        agent.wait()
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@
     python -m tools.demo --student runs/sd21 --precision bf16
     python -m tools.demo --student runs/range --share       also at a public address, for a week
 
-A picture is the one that sample.py makes of the same prompt, seed and scale. What is downloaded says so in its text
-chunks, as sample.py's files do. A teacher that is slow can be unticked. It needs gradio.
+An image is the one that sample.py makes of the same prompt, seed and scale, and its file says so in its text chunks. A
+teacher that is slow can be unticked: on a CPU the two slow each other down. It needs gradio 6.
 """
 
+import itertools
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,59 +18,54 @@ import torch
 
 from plumbing.files import BadInput, command, new_parser, user_spec
 from plumbing.hub import TINY, is_embedded
-from plumbing.images import noise, save_png, to_pil
+from plumbing.images import save_png
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from sample import Job, open_student, sample_batch
 from student import REFINE_FROM
+from tools.fidelity import Sampler
 
-LAST, KEPT = 8, 1000        # pictures of the strip; files that are kept
+LAST, KEPT = 8, 1000        # images of the strip; files that are kept
 STYLE = """img {image-rendering: pixelated}
     :is(#student, #teacher) img {width: 100%; height: 100%; object-fit: contain}"""
 
 
-class Painter:
-    """What the page asks for: the pictures of a student and of its teacher, as PNG files in a folder."""
+class Images:
+    """What the page asks for: images of a student and of its teacher, as PNG files in a folder."""
 
     def __init__(self, student, about, folder):
-        self.student, self.about, self.folder = student, about, Path(folder)
-
-    def save(self, image, about):
-        path = self.folder / f"{time.time():.6f}-{uuid.uuid4().hex[:6]}.png"
-        save_png(path, image, about)
-        for old in sorted(self.folder.iterdir())[:-KEPT]:
-            old.unlink(missing_ok=True)
-        return str(path)
+        self.student, self.about, self.folder, self.numbers = student, about, Path(folder), itertools.count()
 
     @torch.no_grad()
-    def paint(self, refine, strip, *job):
-        """(file, what it took, the strip of the latest files, twice: to be shown and to be kept)."""
-        job, began = self.job(*job), time.perf_counter()
-        [image] = sample_batch(self.student, SimpleNamespace(refine=refine, compare=[]), [job])
-        steps = f"1 + {refine} steps" if refine else "one step"
-        took = f"**student, {steps}: {time.perf_counter() - began:.3f} s**"
-        path = self.save(image, job._asdict() | self.about | {"refine": refine or ""})
-        return path, took, [path, *strip][:LAST], [path, *strip][:LAST]
+    def sample(self, sampler, about, refine, prompt, seed, guidance):
+        """(path of the file, seconds) of an image by the student, or by a tools.fidelity.Sampler."""
+        job, began = Job("", prompt or "", int(seed or 0), self.student.pick_guidance(guidance)), time.perf_counter()
+        [image] = sample_batch(sampler, SimpleNamespace(refine=refine, compare=[]), [job])
+        seconds, number = time.perf_counter() - began, next(self.numbers)
+        path = self.folder / f"{number:09d}.png"
+        save_png(path, image, job._asdict() | about)
+        (self.folder / f"{number - KEPT:09d}.png").unlink(missing_ok=True)
+        return str(path), seconds
 
-    @torch.no_grad()
-    def paint_teacher(self, ticked, steps, *job):
-        """(file, what it took), or nothing where the box is not ticked."""
+    def of_student(self, refine, strip, *job):
+        """(path, a line of text, the paths of the strip to be shown, and the same to be kept)."""
+        path, seconds = self.sample(self.student, self.about | {"refine": refine or ""}, refine, *job)
+        strip = [path for path in (path, *strip) if Path(path).exists()][:LAST]
+        return path, f"**student, {f'1 + {refine} steps' if refine else 'one step'}: {seconds:.3f} s**", strip, strip
+
+    def of_teacher(self, ticked, steps, *job):
+        """(path, a line of text), or nothing where the box is not ticked."""
         if not ticked:
             return None, ""
-        job, teacher, began = self.job(*job), self.student.teacher, time.perf_counter()
-        eps, condition = noise([job.seed], teacher.shape).to(teacher.device), teacher.encode([job.prompt])
-        latents = teacher.solve(eps, teacher.schedule.grid(steps), w=job.guidance, **condition)
-        [image] = to_pil(teacher.decode(latents, [job.seed]))
-        took = f"**teacher, {steps} steps: {time.perf_counter() - began:.3f} s**"
-        return self.save(image, job._asdict() | {"teacher": teacher.spec, "steps": steps}), took
-
-    def job(self, prompt, seed, guidance):
-        return Job("", prompt or "", int(seed or 0), self.student.pick_guidance(guidance))
+        teacher, (_, _, w) = self.student.teacher, job
+        sampler = Sampler(teacher, self.student.pick_guidance(w), steps)
+        path, seconds = self.sample(sampler, {"teacher": teacher.spec, "steps": steps}, 0, *job)
+        return path, f"**teacher, {steps} steps: {seconds:.3f} s**"
 
 
-def build_page(gradio, painter, first):
-    """The page. first: the prompt or label it begins with."""
-    student, teacher = painter.student, painter.student.teacher
+def build_page(gradio, images, first):
+    """The page, a gradio.Blocks. first: the prompt or label it begins with."""
+    student, teacher = images.student, images.student.teacher
     low, high = student.guidance if student.ranged else (student.guidance, student.guidance + 1)
     with gradio.Blocks(title="BOOT", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(f"# One step\nA student of {teacher.spec}, and its teacher from the same noise.")
@@ -96,8 +91,8 @@ def build_page(gradio, painter, first):
         strip, kept = gradio.Gallery(label="the last ones", columns=LAST, height=170, format="png"), gradio.State([])
         job = [prompt, seed, guidance]
         for function, own, outputs in (
-                (painter.paint, [refine, kept], [pictures[0], words[0], strip, kept]),
-                (painter.paint_teacher, [ticked, steps], [pictures[1], words[1]])):
+                (images.of_student, [refine, kept], [pictures[0], words[0], strip, kept]),
+                (images.of_teacher, [ticked, steps], [pictures[1], words[1]])):
             changes = [part.change for part in (*own, *job) if part is not kept]
             gradio.on([page.load, *changes], function, [*own, *job], outputs, trigger_mode="always_last",
                       show_progress="hidden")
@@ -114,18 +109,25 @@ def main():
     p.add_argument("--precision", choices=list(PRECISION), default="fp32", help="(default: %(default)s)")
     p.add_argument("--port", type=int, help="(default: 7860, or the next that is free)")
     p.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
+    p.set_defaults(compare=[], refine=0)
     args = p.parse_args()
     try:
         import gradio
+        if int(gradio.__version__.split(".")[0]) < 6:
+            raise ImportError
     except ImportError:
-        raise BadInput("tools.demo needs gradio: pip install gradio") from None
-    student, about = open_student(SimpleNamespace(**vars(args), compare=[], refine=0))
+        raise BadInput("tools.demo needs gradio 6: pip install -U gradio") from None
+    student, about = open_student(args)
     first = args.prompt or training_prompts(student.teacher)[0]
-    student.teacher.encode([first])                         # an unknown label is found now
+    if student.teacher.labels:                              # a class may be given by its number
+        names = {number: name for name, number in student.teacher.labels.items()}
+        first = names[student.teacher.class_number(first)]
     with tempfile.TemporaryDirectory() as folder:
-        painter = Painter(student, about, folder)
-        painter.paint(0, [], first, 0, student.pick_guidance())         # the first is slow, and no one's time
-        page = build_page(gradio, painter, first)
+        images = Images(student, about, folder)
+        job = first, 0, student.pick_guidance()
+        images.of_student(0, [], *job)                      # the first of each is slow, because weights are read
+        images.of_teacher(True, 1, *job)
+        page = build_page(gradio, images, first)
         page.launch(share=args.share, server_port=args.port, css=STYLE, footer_links=[], show_error=True)
 
 

@@ -397,6 +397,8 @@ def check_ours(path):
 
 def as_papers_measure(student, args, w, out):
     """Print and write the figures of tools.fidelity."""
+    if out.name == "evaluation.json":
+        raise BadInput(f"--json {out} is the name of a judge's figures: give another")
     check_ours(out)
     if args.decoder:
         student.teacher.use_decoder(args.decoder)
@@ -405,12 +407,17 @@ def as_papers_measure(student, args, w, out):
         rows, lines = measured
         print("\n".join(lines))
         store(write_json, out, {"teacher": student.teacher.spec, "student": str(args.student), "images": args.images,
-                                "guidance": w, "weights": student.fingerprint, "rows": rows}, needed=bool(args.json))
+                                "guidance": w, "weights": student.fingerprint, "size": args.size, "seed": args.seed,
+                                "precision": args.precision, "decoder": args.decoder, "rows": rows,
+                                "prompts": str(args.prompts or ""), "real": str(args.real or "")},
+              needed=args.json is not None)
 
 
 def main():
     args = parse_args()
     _, _, local_rank = torchrun()
+    if args.precision != "fp32" and not (args.inception or args.clip):
+        raise BadInput("--precision is for --inception and --clip: a judge's figures are of fp32")
     student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:

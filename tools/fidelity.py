@@ -11,22 +11,24 @@ pictures are kept under --pictures, and are not made again; several processes of
     clip                        mean cosine of image and prompt, by transformers' CLIP
 
 Distances are to the teacher's pictures, and to a folder of real ones, which --size cuts and scales as it does ours. The
-numbers depend on how many pictures there are, and on their size: say both. It needs torch-fidelity, and for --clip
+numbers depend on how many pictures there are, and on their size: say both. It needs torch-fidelity 0.4, and for --clip
 transformers; docs/evaluating.md says where the networks' weights are.
 """
 
 import hashlib
 import itertools
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
 
-from plumbing.files import BadInput
+from plumbing.configs import Number, check
+from plumbing.files import BadInput, parsing
 from plumbing.processes import torchrun
-from plumbing.prompts import read_prompts, training_prompts
+from plumbing.prompts import training_prompts
 from sample import Job, make_images
 
 INCEPTION_AT = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -36,31 +38,48 @@ FIGURES = {"fid": ".2f", "kid": ".5f", "precision": ".3f", "recall": ".3f", "cli
 
 
 class Sampler:
-    """The teacher in so many DDIM steps, in the form in which sample.py calls a student."""
+    """The teacher in so many DDIM steps, guided by w, in the form in which sample.py calls a student."""
 
     def __init__(self, teacher, w, steps):
         self.teacher, self.guidance, self.ranged, self.steps = teacher, w, False, steps
 
     def refine(self, eps, _, w, **condition):
+        """The sample (B, C, h, w) of noise eps."""
         grid = self.teacher.schedule.grid(self.steps)
         return self.teacher.solve(eps, grid, w=w, **condition)
 
 
-def check_networks(args):
-    """Raise BadInput if the networks that measure, or their packages, are not there: before hours of pictures."""
-    if args.inception and not Path(args.inception).is_file():
+def check_options(args, teacher):
+    """Raise BadInput for what would fail only after hours of pictures: options, packages, networks, real images."""
+    with parsing("tools.evaluate"):
+        check("--images", args.images, [Number(int, 4, 10**7)])         # precision and recall have three neighbours
+        check("--batch", args.batch, [Number(int, 1, 10**6)])
+        check("--size", args.size, [None, Number(int, 1, 10**5)])
+        check("--clip", args.clip, "none for a teacher without a condition",
+              not (args.clip and teacher.condition_type is None))
+    for option in ("refine", "limited", "fresh"):
+        if getattr(args, option):
+            raise BadInput(f"--{option} is for the judge of an embedded teacher, not for --inception and --clip")
+    if args.inception and not args.inception.is_file():
         raise BadInput(f"--inception {args.inception} is missing: it is at {INCEPTION_AT}")
-    if args.clip and not (Path(args.clip) / "config.json").is_file():
+    if args.clip and not (args.clip / "config.json").is_file():
         raise BadInput(f"--clip {args.clip} is not a folder with CLIP's config.json: one is at {CLIP_AT}")
-    if args.real and not any(Path(args.real).glob("*.*")):
-        raise BadInput(f"--real {args.real} is not a folder with images")
+    if args.real and len(list_images(args.real)) < 4:
+        raise BadInput(f"--real {args.real} is not a folder with images (.png, .jpg, .jpeg)")
+    if args.real and not args.size:
+        raise BadInput("--real needs --size, to which its images and ours are scaled")
     try:
-        if args.inception:
-            import torch_fidelity  # noqa: F401
+        if args.inception and tuple(map(int, version("torch-fidelity").split(".")[:2])) < (0, 4):
+            raise BadInput("torch-fidelity has precision and recall since 0.4: pip install -U torch-fidelity")
         if args.clip:
-            import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput(f"{error}: pip install torch-fidelity transformers") from None
+            version("transformers")
+    except PackageNotFoundError as error:
+        raise BadInput(f"{error.name} is not installed: pip install torch-fidelity transformers") from None
+
+
+def list_images(folder):
+    """The images that torch-fidelity would read in a folder."""
+    return [path for path in Path(folder).glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
 def make_pictures(sampler, args, jobs, about):
@@ -77,7 +96,7 @@ def make_pictures(sampler, args, jobs, about):
 def distances(args, folder, other, device):
     """FID, KID, precision and recall of a folder of pictures to another one."""
     from torch_fidelity import calculate_metrics
-    count = min(sum(1 for _ in Path(each).glob("*.*")) for each in (folder, other))
+    count = min(len(list_images(each)) for each in (folder, other))
     found = calculate_metrics(
         input1=str(folder), input2=str(other), fid=True, kid=True, prc=True, cuda=device.type == "cuda", verbose=False,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(args.inception), cache=False,
@@ -90,7 +109,7 @@ def distances(args, folder, other, device):
 def clip_score(args, folder, jobs, device):
     """The mean cosine of the pictures' embeddings and those of their prompts."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-    model = CLIPModel.from_pretrained(args.clip, local_files_only=True).to(device).eval()
+    model = CLIPModel.from_pretrained(args.clip, local_files_only=True, use_safetensors=True).to(device).eval()
     process, tokenizer = CLIPImageProcessor.from_pretrained(args.clip), CLIPTokenizer.from_pretrained(args.clip)
     total = 0.0
     for part in (jobs[k:k + args.batch] for k in range(0, len(jobs), args.batch)):
@@ -102,11 +121,11 @@ def clip_score(args, folder, jobs, device):
 
 
 def evaluate(student, args, w):
-    """(rows, lines of text) of the student and its teacher at w; None in a process that only made pictures. Raises
-    BadInput."""
-    check_networks(args)
+    """(rows, lines of text) of the student and its teacher, guided by w; None in a process that has only made pictures.
+    A row is a dict of what was compared (sampler, steps, guidance, reference) and FIGURES. Raises BadInput."""
     teacher, steps = student.teacher, args.steps[-1]
-    known = read_prompts(args.prompts) if args.prompts else training_prompts(teacher)
+    check_options(args, teacher)
+    known = training_prompts(teacher, args.prompts)
     jobs = [Job(f"{k:06d}.png", prompt, args.seed + k, w)
             for k, prompt in zip(range(args.images), itertools.cycle(known))]
     common = {"decoder": teacher.decoder or "", "precision": args.precision}
@@ -130,7 +149,8 @@ def evaluate(student, args, w):
             rows.append({"sampler": name, "steps": 1 if name == "student" else steps, "guidance": w,
                          "reference": other, "clip": scores.get(name)} | found)
     size = f"scaled to {args.size} pixels" if args.size else "as they are"
-    return rows, [f"{args.images} images of {len(set(known))} prompts, w = {w:g}, {size}; they are in",
+    prompts = len({job.prompt for job in jobs})
+    return rows, [f"{args.images} images of {prompts} prompts, w = {w:g}, {size}; they are in",
                   *(f"  {folder}" for name, folder in folders.items() if name != "real"), *table(rows)]
 
 
