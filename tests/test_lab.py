@@ -190,7 +190,8 @@ def test_the_frontier_is_measured_once_and_drawn(tiny, call, tmp_path, monkeypat
     monkeypatch.setattr(frontier, "TEACHER", tmp_path / "teacher.jsonl")
     monkeypatch.setattr(frontier, "IMAGES", 100)
     monkeypatch.setattr(laboratory, "RESULTS", tmp_path / "results.jsonl")
-    line = {"method": "BOOT", "limited": False, "rate": 5e-4, "budget": loop.BUDGET, "frechet": 60, "recall": 0.5}
+    line = {"method": "BOOT", "limited": False, "rate": 5e-4, "budget": loop.BUDGET, "trial": False, "frechet": 60,
+            "recall": 0.5}
     (tmp_path / "results.jsonl").write_text("".join(
         json.dumps(line | {"seed": seed, "align_seen": 0.9 + seed / 100}) + "\n" for seed in range(3)))
     scales, rows = [], {"frechet": 20.0, "precision": 0.9, "recall": 0.7, "align_seen": 0.9, "align_heldout": 0.9}

@@ -4,9 +4,12 @@
     python -m http.server --directory docs/web              then open http://localhost:8000
     python -m tools.web --student runs/tiny --out site      the page and its files in another folder
 
-The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web, which it
-loads from a public server. After `npm install --no-save --prefix docs/web onnxruntime-web@1.30.0` it loads the copy beside
-itself. The menus hold the words of the embedded text teacher. It needs onnx and onnxscript.
+The folder works on any static host as it is. The page runs the graph of tools/graph.py by onnxruntime-web, loaded
+from a public server, or a copy beside itself, which this line puts there:
+
+    npm install --no-save --prefix docs/web onnxruntime-web@1.30.0
+
+The menus hold the words of the embedded text teacher. It needs onnx and onnxscript.
 """
 
 import shutil
