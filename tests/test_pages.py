@@ -160,7 +160,7 @@ def test_the_web_page_makes_the_same_picture(page, serve, call, tmp_path):
 
 def test_the_page_wants_a_student_of_prompts(call, tmp_path):
     code, _, error = call("tools.web", "--student", TINY / "pixel", "--out", tmp_path / "site")
-    assert code == 2 and "has none" in error
+    assert code == 2 and "not those of tiny-pixel" in error
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("mine")
     code, _, error = call("tools.web", "--out", tmp_path / "mine")
