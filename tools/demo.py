@@ -50,8 +50,9 @@ class Images:
     def of_student(self, refine, strip, *job):
         """(path, a line of text, the paths of the strip to be shown, and the same to be kept)."""
         path, seconds = self.sample(self.student, self.about | {"refine": refine or ""}, refine, *job)
-        strip = [path for path in (path, *strip) if Path(path).exists()][:LAST]
-        return path, f"**student, {f'1 + {refine} steps' if refine else 'one step'}: {seconds:.3f} s**", strip, strip
+        strip = [old for old in (path, *strip) if Path(old).exists()][:LAST]
+        steps = f"1 + {refine} steps" if refine else "one step"
+        return path, f"**student, {steps}: {seconds:.3f} s**", strip, strip
 
     def of_teacher(self, ticked, steps, *job):
         """(path, a line of text), or nothing where the box is not ticked."""
