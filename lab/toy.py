@@ -16,8 +16,8 @@ and a colour is the direction of eps:
     the same without boundary   BOOT with beta = 0: no loss says where a path begins, so it begins where it did
     after BOOT: map             the teacher's map, but for the lines between the circles. The teacher tears neighbouring
                                 noises apart there, and the student, which is smooth, averages
-    after matching: map         most lines are broader: matching brings back spread that averaging lost. They are not
-                                gone, since so small a network is not steep enough
+    after matching: map         the spots and the lines are broader: matching brings back spread that averaging lost. The
+                                lines are not gone, since so small a network is not steep enough
 """
 
 import math
@@ -27,13 +27,14 @@ from torch import nn
 
 from matching import critic_loss, matching_loss
 from plumbing.files import check_new, command, new_parser, user_path
-from signal_ode import Schedule, boot_losses, solve
+from signal_ode import Schedule, add_noise, boot_losses, solve
 
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
 POINTS, BATCH = 4, 96       # a sample is a set of 4 points with one time, since matching.py divides by a sample's mean
-STEPS, LR, MATCH_LR, HEAD_START = 1200, 2e-3, 5e-4, 240         # HEAD_START: steps in which the critic learns alone
+STEPS, MATCH_STEPS, LR, MATCH_LR = 1200, 800, 2e-3, 5e-4
+CRITIC_STEPS, HEAD_START = 3, 240                           # of the critic: for each of the student's; before the first
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
@@ -70,32 +71,45 @@ def new_student():
     return network, lambda eps, t: teacher(sigma_i * eps, INPUT_TIME) + network(eps, t)
 
 
-def train(network, student, beta=0.1, match=False):
-    """So many steps of BOOT, or of matching with its critic. The student's rate falls to zero."""
-    critic_network, beta_1 = Net(), 0.0 if match else 0.9
+def train(network, student, beta=0.1):
+    """So many steps of BOOT. The rate falls to zero."""
+    adam = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    for step in range(STEPS):
+        adam.param_groups[0]["lr"] = LR * (1 - step / STEPS)
+        eps, t = torch.randn(BATCH, POINTS, 2), torch.randint(1, T + 1, (BATCH,))
+        s, boundary = (t - DELTA).clamp(min=0), slice(0, None, 4)
+        L_BS, L_BC = boot_losses(student, teacher, eps, t, s, SCHEDULE, boundary, "heun")
+        adam.zero_grad()
+        (L_BS.mean() + beta * L_BC.mean()).backward()
+        adam.step()
+
+
+def match(network, student):
+    """So many steps of matching. The critic makes three for each of the student's, and some before the first: one that
+    lags behind leads the student astray. Both rates fall to zero."""
+    critic_network = Net()
 
     def critic(x_t, t):                                     # what it has to correct vanishes with the noise
         return teacher(x_t, t) + SCHEDULE.sigma(t).float()[:, None, None] * critic_network(x_t, t)
-    adam = torch.optim.Adam(network.parameters(), betas=(beta_1, 0.99))
-    critic_adam = torch.optim.Adam(critic_network.parameters(), LR, betas=(0.0, 0.99))
-    for step in range(STEPS):
-        adam.param_groups[0]["lr"] = (MATCH_LR if match else LR) * (1 - step / STEPS)
+    adam = torch.optim.Adam(network.parameters(), betas=(0.0, 0.99))
+    critic_adam = torch.optim.Adam(critic_network.parameters(), betas=(0.0, 0.99))
+    for step in range(-HEAD_START, CRITIC_STEPS * MATCH_STEPS):
+        left, learns = 1 - max(step, 0) / (CRITIC_STEPS * MATCH_STEPS), step >= 0 and step % CRITIC_STEPS == 0
         eps, n = torch.randn(2, BATCH, POINTS, 2)
-        t, tau = torch.randint(1, T + 1, (BATCH,)), torch.randint(20, 981, (BATCH,))
-        if match:
-            x = student(eps, 0)
+        x, tau = student(eps, 0), torch.randint(20, 981, (BATCH,))
+        if learns:
             L_M, h = matching_loss(x, teacher, critic, n, tau, SCHEDULE)
-            critic_adam.zero_grad()
-            critic_loss(x.detach(), h, tau, SCHEDULE).mean().backward()
-            critic_adam.step()
-            loss = L_M.mean() if step > HEAD_START else 0 * L_M.mean()
         else:
-            s, boundary = (t - DELTA).clamp(min=0), slice(0, None, 4)
-            L_BS, L_BC = boot_losses(student, teacher, eps, t, s, SCHEDULE, boundary, "heun")
-            loss = L_BS.mean() + beta * L_BC.mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
+            h = critic(add_noise(x.detach(), n, tau, SCHEDULE), tau)
+        critic_adam.param_groups[0]["lr"] = LR * left
+        critic_adam.zero_grad()
+        critic_loss(x.detach(), h, tau, SCHEDULE).mean().backward()
+        critic_adam.step()
+        if learns:
+            adam.param_groups[0]["lr"] = MATCH_LR * left
+            adam.zero_grad()
+            L_M.mean().backward()
+            adam.step()
 
 
 def main():
@@ -120,7 +134,7 @@ def main():
     train(other_network, other, beta=0.0)
     panels["the same without boundary loss"] = [other(few, t).detach() for t in grid]
     panels["after BOOT: map"] = after_boot
-    train(network, student, match=True)
+    match(network, student)
     panels["after matching: map"] = student(eps, 0).detach()
     draw(panels, eps, args.out)
 

@@ -179,6 +179,7 @@ def test_the_teacher_in_two_dimensions_is_exact():
 def test_boot_in_two_dimensions_is_drawn(call, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(toy, "STEPS", 3)
+    monkeypatch.setattr(toy, "MATCH_STEPS", 3)
     monkeypatch.setattr(toy, "HEAD_START", 1)
     code, _, error = call("lab.toy", "--out", tmp_path / "toy.png")
     assert code == 0 and Image.open(tmp_path / "toy.png").width > 1000, error
