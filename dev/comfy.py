@@ -5,8 +5,8 @@
     python -m dev.comfy ~/ComfyUI --student runs/lora --lora full
 
 The student, of a Stable Diffusion, is exported as one file with its workflow; with --lora RANK also as a LoRA, which
-ComfyUI then adds to the teacher. ComfyUI computes each workflow on the CPU, for the prompt and seed given. One should see
-the largest difference of the two pictures, of 255, and ComfyUI's version. It takes a few minutes, and four times the
+ComfyUI then adds to the teacher. ComfyUI computes each workflow on the CPU, for the prompt and seed given. One should
+see the largest difference of the two pictures, of 255, and ComfyUI's version. It takes a few minutes, and four times the
 student's size on disk for a while. The folder of ComfyUI is not changed.
 """
 
@@ -142,7 +142,8 @@ def main():
                 raise BadInput(f"ComfyUI's picture is of {theirs.shape}, and not of {ours.shape}")
             error = abs(theirs - ours)
             print(f"ComfyUI {version}, {path.name}: its picture differs from sample.py's by {error.max()} of 255 at "
-                  f"most, {(error**2).mean() ** 0.5:.2f} RMS; the picture's own deviation is {ours.std():.0f}", flush=True)
+                  f"most, {(error**2).mean() ** 0.5:.2f} RMS; the picture's own deviation is {ours.std():.0f}",
+                  flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ and a colour is the direction of eps:
     the same without boundary   BOOT with beta = 0: no loss says where a path begins, so it begins where it did
     after BOOT: map             the teacher's map, but for the lines between the circles. The teacher tears neighbouring
                                 noises apart there, and the student, which is smooth, averages
-    after matching: map         the spots and the lines are broader: matching brings back spread that averaging lost. The
-                                lines are not gone, since so small a network is not steep enough
+    after matching: map         the spots and the lines are broader: matching brings back spread that averaging lost.
+                                The lines are not gone, since so small a network is not steep enough
 """
 
 import math
