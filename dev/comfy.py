@@ -6,8 +6,8 @@
 
 The student, of a Stable Diffusion, is exported as one file with its workflow; with --lora RANK also as a LoRA, which
 ComfyUI then adds to the teacher. ComfyUI computes each workflow on the CPU, for the prompt and seed given. One should
-see the largest difference of the two pictures, of 255, and ComfyUI's version. It takes a few minutes, and four times the
-student's size on disk for a while. The folder of ComfyUI is not changed.
+see the largest difference of the two pictures, of 255, and ComfyUI's version. It takes a few minutes, with --lora a
+quarter of an hour, and four times the student's size on disk. The folder of ComfyUI is not changed.
 """
 
 import json
