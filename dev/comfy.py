@@ -102,7 +102,7 @@ def place_files(args, folder):
     for path in (folder / "exported").glob("*.safetensors"):
         path.rename(models / ("loras" if path.name == LORA else "checkpoints") / path.name)
     if args.lora:
-        teacher = load_student(args.student, "cpu").teacher
+        teacher = load_student(args.student, device="cpu").teacher
         tensors = single_file(teacher.unet.state_dict(), teacher.vae.state_dict(), teacher.text_encoder.state_dict(),
                               read_json(teacher.unet_folder / "config.json"))
         write_tensors(models / "checkpoints" / "the_teacher.safetensors", tensors, torch.float32)

@@ -8,6 +8,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -109,11 +110,28 @@ def test_other_pictures_are_made_anew_and_shared(measured):
 
 @pytest.mark.parametrize("option, value, message", [
     ("--inception", "none.pth", "torch-fidelity/releases/download"), ("--clip", "none", "huggingface.co/openai"),
-    ("--real", "none", "is not a folder with images")])
+    ("--clip", "tiny/text_encoder", "lacks the files of its tokenizer"), ("--real", "docs", "4 or more"),
+    ("--inception", "README.md", "is not installed")])
 def test_what_is_missing_is_said_with_its_place(call, option, value, message):
     there = ("--inception", "README.md", "--size", 64) if option == "--real" else ()
     code, _, error = call("tools.evaluate", *there, option, value)
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_damaged_files_are_named_before_a_picture_is_made(measured):
+    folder, command = measured
+    shutil.copytree(folder / "real", folder / "damaged")
+    shutil.copytree(folder / "clip", folder / "half a clip")
+    whole = (folder / "damaged" / "3.jpg").read_bytes()
+    (folder / "damaged" / "3.jpg").write_bytes(whole[:len(whole) // 2])
+    os.truncate(folder / "half a clip" / "model.safetensors", 1000)
+    os.truncate(shutil.copy(folder / "inception.pth", folder / "half.pth"), 10**6)
+    options = ["--pictures", folder / "none"]
+    for option, value, name in (("--real", "damaged", "3.jpg is damaged"), ("--clip", "half a clip", "half a clip"),
+                                ("--inception", "half.pth", "half.pth cannot be opened")):
+        done = python(*command, *options, option, folder / value)
+        assert done.returncode == 2 and name in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (folder / "none").exists()
 
 
 def test_a_teacher_without_a_judge_says_what_to_give(call, tmp_path):

@@ -409,7 +409,8 @@ def as_papers_measure(student, args, w, out):
         store(write_json, out, {"teacher": student.teacher.spec, "student": str(args.student), "images": args.images,
                                 "guidance": w, "weights": student.fingerprint, "size": args.size, "seed": args.seed,
                                 "precision": args.precision, "decoder": args.decoder, "rows": rows,
-                                "prompts": str(args.prompts or ""), "real": str(args.real or "")},
+                                "prompts": str(args.prompts or ""), "real": str(args.real or ""),
+                                "inception": str(args.inception or ""), "clip": str(args.clip or "")},
               needed=args.json is not None)
 
 
@@ -426,6 +427,7 @@ def main():
     if args.inception or args.clip:
         as_papers_measure(student, args, w, args.json or out.with_stem("fidelity"))
         return
+    judge_folder(teacher)
     check_options(args, student, w)
     if out.suffix.lower() == ".png":
         raise BadInput(f"--json {out} is the name of the sheet of images beside it: call it .json")

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from plumbing.configs import Number, check
 from plumbing.files import BadInput, parsing
@@ -60,12 +61,19 @@ def check_options(args, teacher):
     for option in ("refine", "limited", "fresh"):
         if getattr(args, option):
             raise BadInput(f"--{option} is for the judge of an embedded teacher, not for --inception and --clip")
+    if isinstance(args.steps, list) and len(args.steps) > 1:            # without --steps it is a tuple
+        raise BadInput("--steps takes one number with --inception and --clip")
     if args.inception and not args.inception.is_file():
-        raise BadInput(f"--inception {args.inception} is missing: it is at {INCEPTION_AT}")
+        raise BadInput(f"--inception {args.inception} is not a file: it is at {INCEPTION_AT}")
     if args.clip and not (args.clip / "config.json").is_file():
         raise BadInput(f"--clip {args.clip} is not a folder with CLIP's config.json: one is at {CLIP_AT}")
+    if args.clip and not any((args.clip / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise BadInput(f"--clip {args.clip} lacks the files of its tokenizer: they are at {CLIP_AT}")
+    if (args.real or args.size) and not args.inception:
+        raise BadInput("--real and --size are for the distances: give --inception")
     if args.real and len(list_images(args.real)) < 4:
-        raise BadInput(f"--real {args.real} is not a folder with images (.png, .jpg, .jpeg)")
+        raise BadInput(f"--real {args.real} has {len(list_images(args.real))} images (.png, .jpg, .jpeg) of its own, "
+                       "not counting folders in it: give 4 or more")
     if args.real and not args.size:
         raise BadInput("--real needs --size, to which its images and ours are scaled")
     try:
@@ -75,6 +83,35 @@ def check_options(args, teacher):
             version("transformers")
     except PackageNotFoundError as error:
         raise BadInput(f"{error.name} is not installed: pip install torch-fidelity transformers") from None
+
+
+def check_files(args):
+    """Open the networks, and all real images. Raises BadInput, naming the file, for one that is damaged."""
+    if args.clip:
+        open_clip(args)
+    if args.inception:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        try:
+            FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(args.inception))
+        except Exception as error:                          # a pickle fails in many ways
+            raise BadInput(f"--inception {args.inception} cannot be opened ({error!r:.200}): download it again from "
+                           f"{INCEPTION_AT}") from None
+    for path in list_images(args.real) if args.real else ():
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError) as error:
+            raise BadInput(f"{path} is damaged ({error}): replace or remove it") from None
+
+
+def open_clip(args):
+    """(model, image processor, tokenizer) of --clip. Raises BadInput."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    try:
+        return (CLIPModel.from_pretrained(args.clip, local_files_only=True, use_safetensors=True).eval(),
+                CLIPImageProcessor.from_pretrained(args.clip), CLIPTokenizer.from_pretrained(args.clip))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"--clip {args.clip} cannot be opened ({error!r:.200}): one is at {CLIP_AT}") from None
 
 
 def list_images(folder):
@@ -87,6 +124,11 @@ def make_pictures(sampler, args, jobs, about):
     rank, world, _ = torchrun()
     digits = hashlib.blake2b(repr([sorted(about.items()), jobs]).encode(), digest_size=6).hexdigest()
     folder = args.pictures / f"{about['sampler']}-{digits}"
+    if rank == 0:
+        there = {path.name for path in list_images(folder)}
+        if others := there - {job.file for job in jobs}:
+            raise BadInput(f"{folder} has other images, such as {min(others)}: remove them")
+        print(f"{about['sampler']}: {len(there)} of {len(jobs)} pictures are there, in {folder}", flush=True)
     make_images(sampler, SimpleNamespace(batch=args.batch, refine=0, compare=[]), jobs, about, folder, rank, world)
     while world > 1 and not all((folder / job.file).exists() for job in jobs):
         time.sleep(1)                                       # for the shares of the others
@@ -108,10 +150,8 @@ def distances(args, folder, other, device):
 @torch.no_grad()
 def clip_score(args, folder, jobs, device):
     """The mean cosine of the pictures' embeddings and those of their prompts."""
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-    model = CLIPModel.from_pretrained(args.clip, local_files_only=True, use_safetensors=True).to(device).eval()
-    process, tokenizer = CLIPImageProcessor.from_pretrained(args.clip), CLIPTokenizer.from_pretrained(args.clip)
-    total = 0.0
+    model, process, tokenizer = open_clip(args)
+    model, total = model.to(device), 0.0
     for part in (jobs[k:k + args.batch] for k in range(0, len(jobs), args.batch)):
         images = process([Image.open(folder / job.file).convert("RGB") for job in part], return_tensors="pt")
         text = tokenizer([job.prompt for job in part], padding=True, truncation=True, return_tensors="pt")
@@ -124,7 +164,10 @@ def evaluate(student, args, w):
     """(rows, lines of text) of the student and its teacher, guided by w; None in a process that has only made pictures.
     A row is a dict of what was compared (sampler, steps, guidance, reference) and FIGURES. Raises BadInput."""
     teacher, steps = student.teacher, args.steps[-1]
+    rank, _, _ = torchrun()
     check_options(args, teacher)
+    if rank == 0:
+        check_files(args)
     known = training_prompts(teacher, args.prompts)
     jobs = [Job(f"{k:06d}.png", prompt, args.seed + k, w)
             for k, prompt in zip(range(args.images), itertools.cycle(known))]
@@ -134,7 +177,6 @@ def evaluate(student, args, w):
         "teacher": make_pictures(Sampler(teacher, w, steps), args, jobs, common | {
             "sampler": f"ddim-{steps}", "weights": teacher.fingerprint, "negative": teacher.negative_prompt}),
         "real": args.real}
-    rank, _, _ = torchrun()
     if rank:
         return None
     scores, rows = {}, []
@@ -150,8 +192,7 @@ def evaluate(student, args, w):
                          "reference": other, "clip": scores.get(name)} | found)
     size = f"scaled to {args.size} pixels" if args.size else "as they are"
     prompts = len({job.prompt for job in jobs})
-    return rows, [f"{args.images} images of {prompts} prompts, w = {w:g}, {size}; they are in",
-                  *(f"  {folder}" for name, folder in folders.items() if name != "real"), *table(rows)]
+    return rows, [f"{args.images} images of {prompts} prompts, w = {w:g}, {size}", *table(rows)]
 
 
 def table(rows):
