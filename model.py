@@ -158,32 +158,29 @@ def attend(q, k, v, heads, causal=False):
 class Attention(nn.Module):
     """Multi-head attention of x (B, N, C) to a context (B, L, D), which may be x -> (B, N, C)."""
 
-    def __init__(self, channels, context, heads):
+    def __init__(self, channels, context, heads, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(context, channels, bias=False)
-        self.to_v = Linear(context, channels, bias=False)
+        self.to_q = Linear(channels, channels, bias)
+        self.to_k = Linear(context, channels, bias)
+        self.to_v = Linear(context, channels, bias)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x, context):
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(Attention):
     """Self-attention over the pixels of x (B, C, h, w), with a norm and biases of its own: the VAE's and DDPM's."""
 
     def __init__(self, channels, heads, groups, eps):
-        super().__init__()
-        self.heads = heads
+        super().__init__(channels, channels, heads, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
-        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x, text=None):
-        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")                           # (B, N, C)
-        h = self.to_out[0](attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))    # (B, N, C)
-        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])                       # (B, C, h, w)
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")               # (B, N, C)
+        h = super().forward(h, h)                                               # (B, N, C)
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])           # (B, C, h, w)
 
 
 class GEGLU(nn.Module):
