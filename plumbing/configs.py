@@ -7,8 +7,6 @@ A table has, for every key, the default and the other supported values. Everythi
 key, the value and what is supported. Keys that no table has are ignored, as the reference ignores them.
 """
 
-import math
-
 import torch
 
 
@@ -118,7 +116,7 @@ def training_betas(config, T):
     check("beta_schedule", kind, ["linear", "scaled_linear", "squaredcos_cap_v2"])
     if kind == "squaredcos_cap_v2":                                         # Nichol & Dhariwal 2021, eq. 17
         u = torch.arange(T + 1, dtype=torch.float64) / T
-        alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        alpha_bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     beta_1, beta_T = config.get("beta_start"), config.get("beta_end")
     check("beta_start", beta_1, [Number(float, 0, 1)])

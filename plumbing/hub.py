@@ -12,8 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub import errors as hub_errors
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
 from plumbing.files import BadInput, parsing, read_json, user_path
 from plumbing.weights import STEM, WEIGHTS, choose_weights
@@ -138,14 +137,14 @@ def needed(names, read):
 
 def explain(error):
     """What went wrong at the hub, and what to do, in a clause."""
-    if isinstance(error, hub_errors.LocalEntryNotFoundError):       # its cause says why the hub was not asked
+    if isinstance(error, errors.LocalEntryNotFoundError):           # its cause says why the hub was not asked
         error = error.__cause__ or error
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, hub_errors.GatedRepoError) or status == 403:
+    if isinstance(error, errors.GatedRepoError) or status == 403:
         return "is gated: accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, hub_errors.RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision"
-    if isinstance(error, hub_errors.RepositoryNotFoundError) or status in (401, 404):
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return "does not exist, or is private: check the spelling, or log in with `hf auth login`"
     if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
         return "does not fit on this disk: make room, or set HF_HOME to a folder on another"

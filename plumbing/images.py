@@ -10,7 +10,6 @@ A PNG file under its final name is whole.
 """
 
 import contextlib
-import functools
 import json
 import os
 
@@ -59,7 +58,7 @@ def save_png(path, image, about):
     for key, value in text_chunks(about | OURS).items():
         info.add_itxt(key, value)
     # At level 1 a file is a tenth larger than usual, and takes two thirds of the time.
-    write_file(path, functools.partial(image.save, format="PNG", pnginfo=info, compress_level=1))
+    write_file(path, lambda p: image.save(p, format="PNG", pnginfo=info, compress_level=1))
 
 
 def read_about(path):

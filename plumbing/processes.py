@@ -8,7 +8,6 @@
 
 import contextlib
 import datetime
-import itertools
 import os
 import signal
 import threading
@@ -66,7 +65,7 @@ def join(rank, world, backend):
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # Python's own handler waits, too
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        [(store, *_)] = itertools.islice(dist.rendezvous("env://", rank, world, timeout=MEETING), 1)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
         store.set_timeout(MEETING)
         store = dist.PrefixStore(agree(store, rank, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)

@@ -7,7 +7,6 @@ Equal to the reference, transformers' CLIPTokenizer, on all text that the Unicod
 """
 
 import functools
-import math
 import re
 import unicodedata
 import warnings
@@ -55,7 +54,7 @@ def merge(word, rank):
     merged, everywhere from left to right, until no pair has a rank. `rank`: {(str, str): int}."""
     parts = [*word[:-1], word[-1] + "</w>"]
     while len(parts) > 1:
-        lowest = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
+        lowest = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, float("inf")))
         if lowest not in rank:
             break
         parts = join(parts, lowest)
