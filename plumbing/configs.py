@@ -28,17 +28,12 @@ def has_type(value, kind):
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def is_supported(value, supported):
-    """Whether a value is one of a list of supported values, some of which may be Numbers."""
-    return any(value in good if isinstance(good, Number) else value == good and has_type(value, type(good))
-               for good in supported)
-
-
 def check(key, value, supported, good=None):
     """Raise ValueError, naming the key, its value and what is supported, unless the value is good.
     `supported`: a list of values and Numbers; or a text, and then the argument `good` says whether the value is."""
     if good is None:
-        good = is_supported(value, supported)
+        good = any(value in choice if isinstance(choice, Number) else value == choice and has_type(value, type(choice))
+                   for choice in supported)
         supported = ", ".join(repr(choice) for choice in supported if choice is not ...)
     if not good:
         raise ValueError(f"{key} = {repr(value):.60} is not supported: {supported}")
