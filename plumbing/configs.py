@@ -50,16 +50,13 @@ def read_config(config, table, either=(), lists=("block_out_channels", "down_blo
         value = config.get(key, supported[0])
         if value is ...:
             raise KeyError(key)
-        is_list = isinstance(value, (list, tuple))
-        if key in lists or (key in either and is_list):
-            good = is_list and 0 < len(value) == len(config[lists[0]])
+        if key in either and not isinstance(value, (list, tuple)):
+            value = [value] * len(config[lists[0]])
+        if key in (*lists, *either):
+            good = isinstance(value, (list, tuple)) and 0 < len(value) == len(config[lists[0]])
             check(key, value, f"one value for each of {lists[0]}", good)
-            for item in value:
-                check(key, item, supported)
-        else:
-            check(key, value, supported)
-            if key in either:
-                value = [value] * len(config[lists[0]])
+        for item in value if key in (*lists, *either) else [value]:
+            check(key, item, supported)
         values[key] = value
     for channels in values.get("block_out_channels", []):
         groups = values["norm_num_groups"]
