@@ -214,9 +214,5 @@ def writing(folder):
 
 def whole_tensors(network, rank):
     """{name: tensor} of a network, whole, on the CPU, for rank 0. The other processes have to take part, and get {}."""
-    tensors = {}
-    for name, tensor in network.own_parameters().items():
-        tensor = full(tensor.detach())
-        if rank == 0:
-            tensors[name] = tensor.cpu()
-    return tensors
+    whole = ((name, full(p.detach())) for name, p in network.own_parameters().items())      # one at a time
+    return {name: tensor.cpu() for name, tensor in whole if rank == 0}
