@@ -17,7 +17,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from plumbing.files import BadInput, out_of_memory, parsing
@@ -110,15 +110,12 @@ def shard(network, device, dtype):
     a whole block only while it computes with it. `dtype`: of a gathered block; the last layers stay float32."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
-    for block in network.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for last in (network.conv_norm_out, network.conv_out):
-        fully_shard(last, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)          # the sum over the processes, not the mean,
-            module.set_force_sum_reduction_for_comms(True)  # in a way that gloo supports, too
+    last = network.conv_norm_out, network.conv_out
+    for part in (*network.blocks(), *last, network):        # the network itself has what is in no other part
+        own_policy = MixedPrecisionPolicy() if part in last else policy
+        fully_shard(part, mesh=mesh, mp_policy=own_policy, reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)                # the sum over the processes, not the mean,
+        part.set_force_sum_reduction_for_comms(True)        # in a way that gloo supports, too
 
 
 def local(tensor):
