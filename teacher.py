@@ -78,8 +78,7 @@ class Teacher:
         width, length = text["hidden_size"], self.tokenizer.length
         with parsing(self.unet_folder / "config.json"):
             check("in_channels", config["in_channels"], [channels])                     # as the VAE has
-            for value in config["cross_attention_dim"]:
-                check("cross_attention_dim", value, [width])                            # as the text encoder has
+            check("cross_attention_dim", config["cross_attention_dim"][0], [width])     # as the text encoder has
         with parsing(self.folder / "text_encoder"):
             positions, tokens = text["max_position_embeddings"], text["vocab_size"]
             check("max_position_embeddings", positions, f"{length} or more, for the tokenizer", positions >= length)
