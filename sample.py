@@ -86,11 +86,10 @@ def parse_args():
 def open_student(args, local_rank=0):
     """(student, {key: value} that its images have in common, for their text chunks). Raises BadInput."""
     student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
-    teacher = student.teacher
     if args.decoder:
-        teacher.use_decoder(args.decoder)
+        student.teacher.use_decoder(args.decoder)
     return student, {"student": "/".join(Path(args.student).resolve().parts[-2:]), "weights": student.fingerprint,
-                     "decoder": teacher.decoder or "", "precision": args.precision,
+                     "decoder": student.teacher.decoder or "", "precision": args.precision,
                      "compare": args.compare or "", "refine": args.refine or ""}
 
 
