@@ -216,34 +216,37 @@ def test_every_option_makes_another_student(usual, tmp_path, options):
 
 # ----------------------------------------------------------------------------------------------- what a step is made of
 def arguments(steps, warmup, lr=2.0, match=16.0, match_from=0.45):
-    return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from)
+    return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from, ema=0.99)
 
 
 def test_learning_rate_warms_up_holds_and_decays_to_that_of_matching_and_then_to_zero():
-    rates = [train.learning_rate(step, arguments(150, 10), 100) for step in range(150)]
+    rates = [train.learning_rate(step, arguments(200, 10), 100, 150) for step in range(200)]
     assert rates[0] == pytest.approx(0.2) and rates[9:41] == [2.0] * 32 and rates[70] == pytest.approx(1.2)
     assert rates[100:121] == pytest.approx([0.4] * 21) and rates[135] == pytest.approx(0.2) and 0 < rates[149] < 0.02
-    alone = [train.learning_rate(step, arguments(100, 10, match=0), 100) for step in range(100)]
+    assert rates[150:] == pytest.approx(rates[100:150])     # refining as matching
+    alone = [train.learning_rate(step, arguments(100, 10, match=0), 100, 100) for step in range(100)]
     assert alone[:41] == rates[:41] and alone[70] == pytest.approx(1.0) and 0 < alone[99] < 0.05
 
 
 def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
-    begin = train.begin_of_matching
-    assert begin(arguments(40, 2), 0, 0) == (16, 18) and begin(arguments(40, 2, match=0), 0, 0) == (40, 40)
-    assert begin(arguments(40, 2, match_from=0), 0, 0) == (0, 2) and begin(arguments(100, 2), 15, 0) == (43, 45)
-    assert begin(arguments(20, 2), 12, 0) == (12, 14)       # its head start comes first, even if that is late
-    assert begin(arguments(40, 2), 20, 4) == begin(arguments(100, 2), 22, 6) == (18, 18)
+    phases = train.phases
+    assert phases(arguments(40, 2), 0, 0) == (16, 18, 34) and phases(arguments(40, 2, match=0), 0, 0) == (40, 40, 40)
+    assert phases(arguments(40, 2, match_from=0), 0, 0) == (0, 2, 30)
+    assert phases(arguments(100, 2), 15, 0) == (43, 45, 86)
+    assert phases(arguments(20, 2), 12, 0) == (12, 14, 18)  # its head start comes first, even if that is late
+    assert phases(arguments(40, 2), 20, 4) == phases(arguments(40, 2), 36, 20) == (18, 18, 34)
+    assert phases(arguments(100, 2), 22, 6) == (18, 18, 80)
     with pytest.warns(UserWarning, match="40 steps end before .*, after 50: give more --steps"):
-        assert begin(arguments(40, 50), 0, 0) == (0, 50)
+        assert phases(arguments(40, 50), 0, 0)[:2] == (0, 50)
 
 
 def test_each_step_has_the_losses_of_its_part_of_the_run(call, tmp_path, monkeypatch):
-    """BOOT; then the critic beside it; then the student is matched, and every fifth step has BOOT's losses."""
+    """BOOT; then the critic beside it; then matching, where every fifth step has BOOT's losses; then refining."""
     monkeypatch.setattr(plumbing.run, "LOG_EVERY", 1)
     assert call("train", *QUICK, "--match-from", 0.5, "--steps", 6, "--out", tmp_path)[0] == 0
     boot, critic, matching = (["bootstrap", "boundary"], ["critic"], ["matching", "critic"])
-    expected = [boot, boot, boot + critic, matching, boot + matching, matching]
-    assert [[name for name in ("bootstrap", "boundary", "matching", "critic") if name in line]
+    expected = [boot, boot, boot + critic, matching, boot + matching, ["refining"]]
+    assert [[name for name in ("bootstrap", "boundary", "matching", "critic", "refining") if name in line]
             for line in records(tmp_path)] == expected
 
 
