@@ -198,8 +198,8 @@ def learning_rate(step, args, match_from, refine_from):
 def phases(args, start, critic_steps):
     """(critic_from, match_from, refine_from): the steps from which the critic learns, the student is matched, and it is
     refined. The critic learns alone for --warmup steps first, its head start. critic_steps: how many steps
-    there were since it began, when the run goes on at the step `start`. If --steps is changed on resuming, a phase begins
-    elsewhere; but matching does not if it has begun already."""
+    there were since it began, when the run goes on at the step `start`. If --steps is changed on resuming, a phase
+    begins elsewhere; but matching does not if it has begun already."""
     if not args.match:
         return args.steps, args.steps, args.steps
     left = args.warmup - critic_steps                       # steps of the head start that are still to be made
