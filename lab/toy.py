@@ -96,11 +96,13 @@ def match(network, student):
     for step in range(-HEAD_START, CRITIC_STEPS * MATCH_STEPS):
         left, learns = 1 - max(step, 0) / (CRITIC_STEPS * MATCH_STEPS), step >= 0 and step % CRITIC_STEPS == 0
         eps, n = torch.randn(2, BATCH, POINTS, 2)
-        x, tau = student(eps, 0), torch.randint(20, 981, (BATCH,))
+        tau = torch.randint(20, 981, (BATCH,))
+        with torch.set_grad_enabled(learns):
+            x = student(eps, 0)
         if learns:
             L_M, h = matching_loss(x, teacher, critic, n, tau, SCHEDULE)
         else:
-            h = critic(add_noise(x.detach(), n, tau, SCHEDULE), tau)
+            h = critic(add_noise(x, n, tau, SCHEDULE), tau)
         critic_adam.param_groups[0]["lr"] = LR * left
         critic_adam.zero_grad()
         critic_loss(x.detach(), h, tau, SCHEDULE).mean().backward()

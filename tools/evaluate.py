@@ -419,6 +419,9 @@ def main():
     _, _, local_rank = torchrun()
     if args.precision != "fp32" and not (args.inception or args.clip):
         raise BadInput("--precision is for --inception and --clip: a judge's figures are of fp32")
+    for option in ("prompts", "real", "size"):
+        if getattr(args, option) and not (args.inception or args.clip):
+            raise BadInput(f"--{option} is for --inception and --clip")
     student = load_student(args.student, args.teacher, pick_device(args.device, local_rank), PRECISION[args.precision])
     teacher, w = student.teacher, student.pick_guidance(args.guidance)
     if args.images is None:

@@ -1,6 +1,6 @@
 """The measures that papers use, of a student of any teacher: tools.evaluate with --inception or --clip calls this.
 
-    python -m tools.evaluate --student runs/sd21 --prompts coco.txt --images 30000 --real coco/ --size 256 \
+    python -m tools.evaluate --student runs/sd21 --prompts coco.txt --images 30000 --real coco/val2014 --size 256 \
         --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
 Image N is of prompt N and seed N. The student makes it in one step and the teacher in fifty (--steps has others). The
@@ -63,6 +63,8 @@ def check_options(args, teacher):
             raise BadInput(f"--{option} is for the judge of an embedded teacher, not for --inception and --clip")
     if isinstance(args.steps, list) and len(args.steps) > 1:            # without --steps it is a tuple
         raise BadInput("--steps takes one number with --inception and --clip")
+    if isinstance(args.sweep, list):
+        raise BadInput("--sweep is for the judge of an embedded teacher, not for --inception and --clip")
     if args.inception and not args.inception.is_file():
         raise BadInput(f"--inception {args.inception} is not a file: it is at {INCEPTION_AT}")
     if args.clip and not (args.clip / "config.json").is_file():
