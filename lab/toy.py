@@ -1,6 +1,6 @@
 """BOOT in two dimensions, where everything can be seen: a teacher without a network, and a student that is a small one.
 
-    python -m lab.toy                               half a minute on one core, and a picture: toy.png
+    python -m lab.toy                               a minute on one core, and a picture: toy.png
     python -m lab.toy --out docs/toy.png
 
 The data are a mixture of Gaussians. Its denoiser f is known exactly, so the teacher has no error of its own. The
