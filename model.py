@@ -422,18 +422,7 @@ class UNet(nn.Module):
         return block(*inputs)
 
 # ----------------------------------------------------------------------------------------------------------- VAE
-class Coder(nn.Module):
-    """The pass of Encoder and Decoder: (B, c_in, h, w) -> (B, c_out, h', w'). An Encoder has no up_blocks, which double
-    h and w, and a Decoder no down_blocks, which halve them."""
-
-    def forward(self, x):
-        x = self.conv_in(x)                                                     # (B, c, h, w)
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            x = block(x)                                                        # (B, c, h / 2 or h or 2 * h, ...)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B, c_out, h', w')
-
-
-class Encoder(Coder):
+class Encoder(nn.Module):
     """Images (B, 3, H, W) -> mean and log-variance of latents before quant_conv, (B, 2 * c_latent, h, w)."""
 
     def __init__(self, config):
@@ -441,7 +430,7 @@ class Encoder(Coder):
         channels, layers, groups = config["block_out_channels"], config["layers_per_block"], config["norm_num_groups"]
         resnet = functools.partial(Resnet, c_emb=None, groups=groups, eps=1e-6)
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        self.down_blocks = nn.ModuleList()
         c = channels[0]
         for level, c_out in enumerate(channels):
             resnets = [resnet(c if j == 0 else c_out, c_out) for j in range(layers)]
@@ -452,8 +441,15 @@ class Encoder(Coder):
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
         self.conv_out = nn.Conv2d(c, 2 * config["latent_channels"], 3, padding=1)
 
+    def forward(self, x):
+        x = self.conv_in(x)                                                     # (B, c_0, H, W)
+        for block in self.down_blocks:
+            x = block(x)                                                        # (B, c, H / 2, W / 2)
+        x = self.mid_block(x)                                                   # (B, c, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B, 2 * c_latent, h, w)
 
-class Decoder(Coder):
+
+class Decoder(nn.Module):
     """Latents after post_quant_conv (B, c_latent, h, w) -> images (B, 3, H, W)."""
 
     def __init__(self, config):
@@ -463,7 +459,7 @@ class Decoder(Coder):
         c = channels[-1]
         self.conv_in = nn.Conv2d(config["latent_channels"], c, 3, padding=1)
         self.mid_block = MidBlock([resnet(c, c), resnet(c, c)], [PixelAttention(c, 1, groups, eps=1e-6)])
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             resnets = [resnet(c if j == 0 else c_out, c_out) for j in range(layers + 1)]
             upsamplers = [Upsample(c_out)] if level > 0 else []
@@ -471,6 +467,13 @@ class Decoder(Coder):
             c = c_out
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
         self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)                                                     # (B, c, h, w)
+        x = self.mid_block(x)                                                   # (B, c, h, w)
+        for block in self.up_blocks:
+            x = block(x)                                                        # (B, c, 2 * h, 2 * w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B, 3, H, W)
 
 
 class VAE(nn.Module):
