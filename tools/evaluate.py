@@ -430,7 +430,7 @@ def main():
     if args.inception or args.clip:
         as_papers_measure(student, args, w, args.json or out.with_stem("fidelity"))
         return
-    judge_folder(teacher)
+    judge_folder(teacher)                                   # without one there is other advice than on options
     check_options(args, student, w)
     if out.suffix.lower() == ".png":
         raise BadInput(f"--json {out} is the name of the sheet of images beside it: call it .json")
