@@ -48,6 +48,7 @@ class Student:
         timestep = torch.full((len(x_i),), self.teacher.schedule.timestep(i), device=x_i.device)
         return self.network(x_i, timestep, target=t, **condition)
 
+    @torch.no_grad()
     def refine(self, eps, steps, w=None, **condition):
         """The sample g(eps, 0), (B, C, h, w), refined by steps of the teacher. It is noised again to time T / 5, with
         its own eps, and so many Euler steps bring it back on the trajectory of eps. They start from g(eps, 0) and

@@ -42,23 +42,25 @@ sys.path.insert(0, str(Path(__file__).parent))              # which PYTHONSAFEPA
 import torch
 
 from matching import critic_loss, limited_guidance, matching_loss
-from plumbing.configs import Number, check
-from plumbing.files import BadInput, command, new_parser, parsing, user_path, user_spec
+from plumbing.configs import Number, check, check_limits
+from plumbing.files import command, new_parser, number_or_range, parsing, user_path, user_spec
 from plumbing.hub import EMBEDDED, HUB, is_embedded
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from plumbing.run import Run
-from signal_ode import add_noise, boot_losses
+from signal_ode import add_noise, boot_losses, mean_square
 from student import new_critic, new_student, save_student, set_trainable
 from teacher import load_teacher
 
 INPUT_NOISE = 2.27          # This is sigma / alpha at an epsilon student's input time. It was found by trial.
 DECAY = 0.6                 # The rate falls linearly over the last 60% of BOOT's steps, and again of matching's.
-MATCH_LR = 1 / 5            # The rate of matching is this share of --lr. BOOT's rate falls to it.
+MATCH_LR = 1 / 5            # The rate of matching and of refining is this share of --lr. BOOT's rate falls to it.
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
+REFINE_SHARE = 0.25         # This last part of the steps after the beginning of matching refines the student instead.
+REFINE_STEPS = 4            # The teacher refines the student's samples in so many steps.
 BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
-# This is the critic's beta_1, and the student's while the critic learns: momentum would lag behind the other network.
+# This is the critic's beta_1, and the student's once the critic learns: momentum would lag behind the other network.
 MATCH_BETA_1 = 0.0          # Without momentum the first moments need not be saved, see Run.needed_state.
 MATCH_TIMES = 0.02, 0.98    # The time tau is drawn between these shares of T.
 # These are the defaults for an embedded teacher, which is a miniature, and for a published one.
@@ -66,12 +68,6 @@ DEFAULTS = {
     "steps": (1300, 50_000), "batch": (32, 64), "lr": (5e-4, 1e-5), "warmup": (50, 500), "ema": (0.99, 0.9999),
     "guidance": (3.0, 7.5), "critic_lr": (5e-5, 1e-6), "every": (100, 500)}
 LORA_DEFAULTS = {"lr": (3e-3, 1e-4), "critic_lr": (8e-4, 1e-4)}         # with --lora
-LIMITS = {
-    "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
-    "lora": Number(int, 0, 4096), "lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
-    "critic_lr": Number(float, 0, 10), "ema": Number(float, 0, 0.999999), "beta": Number(float, 0, 10**6),
-    "match": Number(float, 0, 10**6), "match_from": Number(float, 0, 0.99), "every": Number(int, 1, 10**9),
-    "samples": Number(int, 0, 64)}
 
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -98,7 +94,7 @@ def add_options(parser):
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
            "0 keeps no average and saves its memory")
     option = parser.add_argument_group("method").add_argument
-    option("--guidance", type=guidance_scale, help="w, 1 is no guidance: a number, or LO:HI to train one student for "
+    option("--guidance", type=number_or_range, help="w, 1 is no guidance: a number, or LO:HI to train one student for "
            f"the whole range {either['guidance']}; 1 for a teacher without an empty condition")
     option("--negative-prompt", default="", help="what guidance leads away from; a label, for classes")
     option("--input-time", type=int, help="time at which the student's input is read, 1..T (default: T, as in the "
@@ -129,14 +125,6 @@ def add_options(parser):
     option("--dry-run", action="store_true", help="load and check everything, train nothing (see also tools.plan)")
 
 
-def guidance_scale(text):
-    """A number, or the list of two that LO:HI stands for."""
-    scales = [float(w) for w in text.split(":")]            # argparse reports a ValueError
-    if len(scales) not in (1, 2) or not all(map(math.isfinite, scales)) or scales != sorted(set(scales)):
-        raise BadInput(f"--guidance {text} is neither a number nor LO:HI")
-    return scales if len(scales) == 2 else scales[0]
-
-
 def default(name, args):
     """The default for the teacher of these arguments, and for their --lora."""
     embedded, published = LORA_DEFAULTS[name] if args.lora and name in LORA_DEFAULTS else DEFAULTS[name]
@@ -152,9 +140,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None and name != "guidance":       # that depends on the teacher: resolve_defaults
             setattr(args, name, default(name, args))
     with parsing("train.py"):
-        for name, limits in LIMITS.items():
-            if getattr(args, name) is not None:
-                check(f"--{name.replace('_', '-')}", getattr(args, name), [limits])
+        check_limits(args)
         check("--lora", args.lora, "0 with --shard: a LoRA shares its weights", not (args.lora and args.shard))
     return args
 
@@ -196,24 +182,26 @@ def draw(seed, step, samples, shape, T, num_prompts, guidance):
     return prompt, *map(torch.stack, (eps, t, w, n, tau))
 
 
-def learning_rate(step, args, match_from):
+def learning_rate(step, args, match_from, refine_from):
     """Linear warm-up to --lr; that rate; over the last 60% before match_from, a linear decay to the rate of matching.
-    From then on that rate, with a linear decay to zero over the last 60%. BOOT alone decays to zero."""
+    Matching begins at that rate, with a linear decay to zero over its last 60%, and so does refining. BOOT alone decays
+    to zero."""
     match_lr = MATCH_LR * args.lr if args.match else 0.0
     if step < match_from:
         warm = (step + 1) / max(args.warmup, 1)
         tail = (match_from - step) / (DECAY * match_from)
         return min(args.lr * warm, match_lr + (args.lr - match_lr) * min(1.0, tail))
-    tail = (args.steps - step) / (DECAY * (args.steps - match_from))
-    return match_lr * min(1.0, tail)
+    begin, end = (match_from, refine_from) if step < refine_from else (refine_from, args.steps)
+    return match_lr * min(1.0, (end - step) / (DECAY * (end - begin)))
 
 
-def begin_of_matching(args, start, critic_steps):
-    """(critic_from, match_from): the steps from which the critic learns and the student is matched. The critic learns
-    alone for --warmup steps first, its head start. critic_steps: how many steps it has learned when the run goes on at
-    the step `start`. If --steps is changed on resuming, matching begins elsewhere, unless it has begun already."""
+def phases(args, start, critic_steps):
+    """(critic_from, match_from, refine_from): the steps from which the critic learns, the student is matched, and it is
+    refined. The critic learns alone for --warmup steps first, its head start. critic_steps: how many steps
+    there were since it began, when the run goes on at the step `start`. If --steps is changed on resuming, a phase
+    begins elsewhere; but matching does not if it has begun already."""
     if not args.match:
-        return args.steps, args.steps
+        return args.steps, args.steps, args.steps
     left = args.warmup - critic_steps                       # steps of the head start that are still to be made
     match_from = start + left                               # the earliest; if left < 0, the step at which it has begun
     if left >= 0:
@@ -221,7 +209,8 @@ def begin_of_matching(args, start, critic_steps):
     if match_from >= args.steps:
         warnings.warn(f"{args.steps} steps end before matching begins, after {match_from}: give more --steps, or less "
                       "--match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
-    return match_from - max(0, left), match_from
+    refine_from = args.steps - round(REFINE_SHARE * (args.steps - match_from)) if args.ema else args.steps
+    return match_from - max(0, left), match_from, refine_from
 
 
 # -------------------------------------------------------------------------------------------------------- the training
@@ -242,30 +231,32 @@ def train(args, run):
     if args.ema:
         ema = new_student(teacher, args.input_time, args.guidance, args.lora)
         run.add("ema", ema.network)
-    critic_steps = torch.tensor(0)                          # how many steps the critic has learned
+    critic_steps = torch.tensor(0)                          # how many steps there were since the critic began to learn
     if args.match:
         critic = new_critic(student)                        # the teacher's weights, and an input w if student has one
         critic_adam = run.add("critic", critic.network, args.critic_lr, (MATCH_BETA_1, BETA_2))
         run.state["critic_steps"] = critic_steps            # saved, and filled in place by run.restore
 
     start = run.restore()
-    critic_from, match_from = begin_of_matching(args, start, int(critic_steps))
+    critic_from, match_from, refine_from = phases(args, start, int(critic_steps))
     run.ready(ema, functools.partial(save_student, args.out / "student", ema), f"lora {args.lora}, guidance "
-              f"{args.guidance}, input time {args.input_time}, matching begins at {match_from}")
+              f"{args.guidance}, input time {args.input_time}, matching begins at {match_from}, refining {refine_from}")
     schedule, T = teacher.schedule, teacher.schedule.T
     delta = round(T / args.num_steps)                       # what a bootstrap step spans (not a step of training)
     num_boundary = len(range(0, args.batch, BOUNDARY_EVERY))
     limited_teacher = functools.partial(limited_guidance, teacher.denoise, schedule=schedule)
 
     for step in run.steps():
-        # A run has three phases. First it has BOOT's losses alone. Then the critic learns beside them: its head start.
-        # Then matching and critic have every step, and BOOT every 5th, to hold the student on the trajectory.
-        # (--match 0 has the first phase alone, --warmup 0 no head start.)
-        matching = step >= match_from
-        boot = not matching or (step + 1) % BOOT_EVERY == 0
-        critic_learns = step >= critic_from
-        beta_1 = MATCH_BETA_1 if critic_learns else BETA_1
-        student_adam.param_groups[0] |= {"lr": learning_rate(step, args, match_from), "betas": (beta_1, BETA_2)}
+        # A run has four phases. First it has BOOT's losses alone. Then the critic learns beside them: its head start.
+        # Then matching and critic have every step, and BOOT every 5th, to hold the student on the trajectory. In the
+        # end the student is refined. (--match 0 has the first phase alone, --warmup 0 no head start.)
+        refining = step >= refine_from
+        matching = match_from <= step < refine_from
+        boot = step < match_from or matching and (step + 1) % BOOT_EVERY == 0
+        critic_learns = critic_from <= step < refine_from
+        rate = learning_rate(step, args, match_from, refine_from)
+        beta_1 = MATCH_BETA_1 if step >= critic_from else BETA_1
+        student_adam.param_groups[0] |= {"lr": rate, "betas": (beta_1, BETA_2)}
         run.zero_grad()
 
         # All that a sample depends on: its prompt, noise eps, time t and scale w; for matching, n and tau.
@@ -311,17 +302,29 @@ def train(args, run):
                         L_C = critic_loss(x.detach(), h, tau, schedule).sum() / args.batch
                     run.backward(L_C)
                     run.log(critic=L_C)
-            x = h = L_BS = L_BC = L_M = L_C = None          # Frees the graphs, also of a try that ran out of memory.
+
+                # Refining: the averaged student makes samples, and the teacher refines each in four steps. The student
+                # learns to make the outcome in one. The average stays as it is, or refined would be refined again.
+                if refining:
+                    with run.autocast():
+                        refined = ema.refine(eps, REFINE_STEPS, **condition)
+                        L_R = mean_square(student(eps, 0, **condition) - refined).sum() / args.batch
+                    run.backward(L_R)
+                    run.log(refining=L_R)
+            x = h = L_BS = L_BC = L_M = L_C = L_R = None    # Frees the graphs, also of a try that ran out of memory.
 
         # One step of Adam for each network that has learned.
+        critic_steps += step >= critic_from
         if critic_learns:
-            critic_steps += 1
             run.update(student_adam, critic_adam)
         else:
             run.update(student_adam)
-        # The average has a shorter memory at first, to forget the untrained weights.
-        if args.ema:
+        # The average has a shorter memory at first, to forget the untrained weights. A refined student takes its place,
+        # once it is done.
+        if args.ema and not refining:
             run.average(ema.network, student.network, decay=min(args.ema, (step + 1) / (step + 10)))
+        elif refining and step + 1 == args.steps:
+            run.average(ema.network, student.network, decay=0.0)
         run.after(step)
 
 

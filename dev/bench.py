@@ -154,7 +154,7 @@ def timed_steps(run, steps, loop, seconds, flops):
     """run.steps, and measure each of them. loop: a callable that returns dev/reference.py's loop, whose step comes
     before train.py's, or None. Fills in seconds, {kind of step: (train.py's, the loop's)}, each a list, and on a GPU
     flops, {kind: operations of train.py's step}."""
-    _, match_from = train.begin_of_matching(run.args, 0, 0)
+    _, match_from, _ = train.phases(run.args, 0, 0)
     for step in steps():
         kind = "BOOT"
         if step >= match_from:
@@ -187,13 +187,13 @@ def reference_loop(run):
 
 
 def bench_steps(args, device, dtype):
-    """Steps of train.py, as many of BOOT as matched ones."""
+    """Steps of train.py, as many of BOOT as matched ones, and none that refine."""
     given = {"teacher": args.teacher, "steps": 2 * args.steps, "match-from": 0.5, "warmup": 1, "every": 10**9,
              "samples": 0, "precision": args.precision, "device": device, "batch": args.batch}
     options = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
     seconds, flops, rows = {}, {}, {}
     # Saving is left out, because it would take longest.
-    with tempfile.TemporaryDirectory() as out, mock.patch("plumbing.run.save"):
+    with tempfile.TemporaryDirectory() as out, mock.patch("plumbing.run.save"), mock.patch("train.REFINE_SHARE", 0):
         options = train.parse_args([*options, "--out", f"{out}/run", *args.options])
         with Run(options) as run, contextlib.redirect_stdout(io.StringIO()):
             loop = None if args.alone else functools.cache(functools.partial(reference_loop, run))

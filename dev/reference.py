@@ -32,7 +32,7 @@ class Loop:
         self.args, self.prompts = args, prompts
         self.schedule, self.shape = teacher.schedule, teacher.shape
         self.device, self.dtype, folder = teacher.device, teacher.dtype, teacher.folder
-        self.critic_from, self.match_from = train.begin_of_matching(args, 0, 0)
+        self.critic_from, self.match_from, self.refine_from = train.phases(args, 0, 0)
         unet = functools.partial(UNet2DConditionModel.from_pretrained, folder, subfolder="unet",
                                  low_cpu_mem_usage=False)               # so that it accepts weights not in the file
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
@@ -80,11 +80,11 @@ class Loop:
         return clean_prediction(out, x_t, t, self.schedule)
 
     def step(self, step):
-        """One step of train.py."""
+        """One step of train.py, before the student is refined."""
         args, schedule = self.args, self.schedule
         match, critic_learns = step >= self.match_from, step >= self.critic_from
         boot = not match or (step + 1) % train.BOOT_EVERY == 0
-        rate = train.learning_rate(step, args, self.match_from)
+        rate = train.learning_rate(step, args, self.match_from, self.refine_from)
         beta_1 = train.MATCH_BETA_1 if critic_learns else train.BETA_1
         self.adams["student"].param_groups[0] |= {"lr": rate, "betas": (beta_1, train.BETA_2)}
         for adam in self.adams.values():

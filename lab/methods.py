@@ -289,8 +289,8 @@ def direction(row, x, f, h, alpha, sigma):
 
 # ------------------------------------------------------------------------------------------------------------ of both
 def ours(lab, eps, condition, match=16.0):
-    """train.py's recipe: BOOT; then the critic's head start; then matching (SiD with a = 1.2), with BOOT in every fifth
-    step. In matching the teacher is guided at the less noisy times alone."""
+    """train.py's recipe before refining: BOOT; then the critic's head start; then matching (SiD with a = 1.2), with
+    BOOT in every fifth step. In matching the teacher is guided at the less noisy times alone."""
     matched, critic_learns = lab.share >= MATCH_FROM, lab.share >= MATCH_FROM - HEAD_START
     sums = {} if matched and lab.step % 5 else boot(lab, eps, condition)
     if critic_learns:

@@ -23,6 +23,15 @@ class Number:
         return f"a {'whole ' if self.kind is int else ''}number from {self.low} to {self.high}"
 
 
+# What train.py's options may be
+LIMITS = {
+    "steps": Number(int, 1, 10**9), "batch": Number(int, 1, 10**6), "micro_batch": Number(int, 1, 10**6),
+    "lora": Number(int, 0, 4096), "lr": Number(float, 0, 10), "warmup": Number(int, 0, 10**9),
+    "critic_lr": Number(float, 0, 10), "ema": Number(float, 0, 0.999999), "beta": Number(float, 0, 10**6),
+    "match": Number(float, 0, 10**6), "match_from": Number(float, 0, 0.99), "every": Number(int, 1, 10**9),
+    "samples": Number(int, 0, 64)}
+
+
 def has_type(value, kind):
     """Whether a value of a JSON file has this type. A whole number passes for a float, but True is not a number."""
     return type(value) is kind or (kind is float and type(value) is int)
@@ -37,6 +46,13 @@ def check(key, value, supported, good=None):
         supported = ", ".join(repr(choice) for choice in supported if choice is not ...)
     if not good:
         raise ValueError(f"{key} = {repr(value):.60} is not supported: {supported}")
+
+
+def check_limits(args):
+    """Raise ValueError, naming the option, if one of train.py's is outside its limits."""
+    for name, limits in LIMITS.items():
+        if getattr(args, name) is not None:
+            check(f"--{name.replace('_', '-')}", getattr(args, name), [limits])
 
 
 def read_config(config, table, either=(), lists=("block_out_channels", "down_block_types", "up_block_types")):

@@ -12,6 +12,7 @@ Every message for the person at the keyboard is one sentence.
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 import warnings
@@ -85,6 +86,14 @@ def user_path(text):
 def user_spec(text):
     """The name, hub id or folder that a person writes, where ~ is a home folder. Raises BadInput."""
     return str(user_path(text)) if text.startswith("~") else text if Path(text).is_dir() else text.rstrip("/")
+
+
+def number_or_range(text):
+    """The number that a person writes, or the list of two that LO:HI stands for. Raises BadInput, and ValueError."""
+    numbers = [float(part) for part in text.split(":")]     # argparse reports a ValueError
+    if len(numbers) not in (1, 2) or not all(map(math.isfinite, numbers)) or numbers != sorted(set(numbers)):
+        raise BadInput(f"{text} is neither a number nor LO:HI")
+    return numbers if len(numbers) == 2 else numbers[0]
 
 
 def check_new(path):

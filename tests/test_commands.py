@@ -47,7 +47,7 @@ def script(monkeypatch, capsys):
 @pytest.mark.parametrize("line, message", [
     ("train --teacher nosuch", "'nosuch' is neither a name (tiny"),
     ("train --steps 1 2", "unrecognized arguments: 2"),
-    ("train --guidance 5:2", "--guidance 5:2 is neither a number nor LO:HI"),
+    ("train --guidance 5:2", "argument --guidance: 5:2 is neither a number nor LO:HI"),
     ("train --lr -1", "--lr = -1.0 is not supported: a number from 0 to 10"),
     ("train --input-time 1001", "--input-time = 1001 is not supported: a whole number from 1 to 1000"),
     ("train --batch 0", "--batch = 0 is not supported: a whole number from 1 to 1000000"),

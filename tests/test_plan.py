@@ -47,7 +47,8 @@ def test_operations_are_those_of_the_steps(call, tmp_path, monkeypatch, teacher)
     train.train(args, plan)
     kinds = [(steps, flops) for steps, (_, flops) in zip(kinds_of_steps(args), plan.kinds, strict=True)]
     assert [flops.keys() - {"text"} for _, flops in kinds] == [
-        {"bootstrap"}, {"bootstrap", "critic"}, {"matching", "critic"}, {"bootstrap", "matching", "critic"}]
+        {"bootstrap"}, {"bootstrap", "critic"}, {"matching", "critic"}, {"bootstrap", "matching", "critic"},
+        {"refining"}]
     assert sorted(step for steps, _ in kinds for step in steps) == list(range(11))
     for steps, flops in kinds:
         assert {counted[step] for step in steps} == {4 * sum(flops.values())} and sum(flops.values()) > 1e8

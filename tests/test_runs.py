@@ -37,7 +37,7 @@ from plumbing.files import BadInput, read_json, write_file, write_json
 from plumbing.processes import PRECISION
 from plumbing.prompts import compose_prompts
 from plumbing.weights import WEIGHTS
-from student import Critic
+from student import Critic, Student
 from teacher import Teacher
 
 RUN = ["--batch", 4, "--steps", 5, "--warmup", 1, "--match-from", 0.5, "--every", 100]
@@ -93,8 +93,7 @@ def test_a_run_leaves_everything_and_says_where(finished):
     assert f"python sample.py --student {out} --prompt " in printed
     assert {path.name for path in out.iterdir()} == {"config.json", "log.jsonl", "samples", "student", "state"}
     [last] = records(out)
-    assert last["step"] == 5 and all(last[name] > 0 for name in ("bootstrap", "boundary", "matching", "critic"))
-    assert len(last["bootstrap_by_time"]) == 8 and last["samples_per_s"] > 0 and last["memory_gb"] > 0.1
+    assert last["step"] == 5 and last["refining"] > 0 and last["samples_per_s"] > 0 and last["memory_gb"] > 0.1
     assert Image.open(out / "samples" / "step_5.png").size == (96, 2 * 96)
     before, name = load_file(TINY / "unet" / WEIGHTS), "down_blocks.0.resnets.0.conv1.weight"
     assert not student(out)[name].equal(before[name].float())
@@ -180,7 +179,7 @@ def test_a_dry_run_loads_and_checks_and_writes_nothing(call, tmp_path, monkeypat
     line = ["train", "--dry-run", "--teacher", teacher, "--out", tmp_path / "run"]
     code, printed, _ = call(*line)
     assert code == 0 and "1300 steps of 32, 32 at once" in printed
-    assert f"guidance 3.0, input time {input_time}, " in printed and " 585\n" in printed
+    assert f"guidance 3.0, input time {input_time}, " in printed and "matching begins at 585, refining 1121\n" in printed
     code, _, error = call(*line, "--prompts", tmp_path / "none.txt")
     assert code == 2 and "none.txt is missing" in error and not list(tmp_path.iterdir())
 
@@ -216,35 +215,39 @@ def test_every_option_makes_another_student(usual, tmp_path, options):
 
 # ----------------------------------------------------------------------------------------------- what a step is made of
 def arguments(steps, warmup, lr=2.0, match=16.0, match_from=0.45):
-    return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from)
+    return argparse.Namespace(steps=steps, warmup=warmup, lr=lr, match=match, match_from=match_from, ema=0.99)
 
 
 def test_learning_rate_warms_up_holds_and_decays_to_that_of_matching_and_then_to_zero():
-    rates = [train.learning_rate(step, arguments(150, 10), 100) for step in range(150)]
+    rates = [train.learning_rate(step, arguments(200, 10), 100, 150) for step in range(200)]
     assert rates[0] == pytest.approx(0.2) and rates[9:41] == [2.0] * 32 and rates[70] == pytest.approx(1.2)
     assert rates[100:121] == pytest.approx([0.4] * 21) and rates[135] == pytest.approx(0.2) and 0 < rates[149] < 0.02
-    alone = [train.learning_rate(step, arguments(100, 10, match=0), 100) for step in range(100)]
+    assert rates[150:] == pytest.approx(rates[100:150])     # refining as matching
+    alone = [train.learning_rate(step, arguments(100, 10, match=0), 100, 100) for step in range(100)]
     assert alone[:41] == rates[:41] and alone[70] == pytest.approx(1.0) and 0 < alone[99] < 0.05
 
 
 def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
-    begin = train.begin_of_matching
-    assert begin(arguments(40, 2), 0, 0) == (16, 18) and begin(arguments(40, 2, match=0), 0, 0) == (40, 40)
-    assert begin(arguments(40, 2, match_from=0), 0, 0) == (0, 2) and begin(arguments(100, 2), 15, 0) == (43, 45)
-    assert begin(arguments(20, 2), 12, 0) == (12, 14)       # its head start comes first, even if that is late
-    assert begin(arguments(40, 2), 20, 4) == begin(arguments(100, 2), 22, 6) == (18, 18)
+    phases = train.phases
+    assert phases(arguments(40, 2), 0, 0) == (16, 18, 34) and phases(arguments(40, 2, match=0), 0, 0) == (40, 40, 40)
+    assert phases(arguments(40, 2, match_from=0), 0, 0) == (0, 2, 30)
+    assert phases(arguments(100, 2), 15, 0) == (43, 45, 86)
+    assert phases(arguments(20, 2), 12, 0) == (12, 14, 18)  # its head start comes first, even if that is late
+    assert phases(arguments(40, 2), 20, 4) == phases(arguments(40, 2), 36, 20) == (18, 18, 34)
+    assert phases(arguments(100, 2), 22, 6) == (18, 18, 80)
     with pytest.warns(UserWarning, match="40 steps end before .*, after 50: give more --steps"):
-        assert begin(arguments(40, 50), 0, 0) == (0, 50)
+        assert phases(arguments(40, 50), 0, 0)[:2] == (0, 50)
 
 
 def test_each_step_has_the_losses_of_its_part_of_the_run(call, tmp_path, monkeypatch):
-    """BOOT; then the critic beside it; then the student is matched, and every fifth step has BOOT's losses."""
+    """BOOT; then the critic beside it; then matching, where every fifth step has BOOT's losses; then refining."""
     monkeypatch.setattr(plumbing.run, "LOG_EVERY", 1)
     assert call("train", *QUICK, "--match-from", 0.5, "--steps", 6, "--out", tmp_path)[0] == 0
     boot, critic, matching = (["bootstrap", "boundary"], ["critic"], ["matching", "critic"])
-    expected = [boot, boot, boot + critic, matching, boot + matching, matching]
-    assert [[name for name in ("bootstrap", "boundary", "matching", "critic") if name in line]
+    expected = [boot, boot, boot + critic, matching, boot + matching, ["refining"]]
+    assert [[name for name in ("bootstrap", "boundary", "matching", "critic", "refining") if name in line]
             for line in records(tmp_path)] == expected
+    assert [len(line.get("bootstrap_by_time", ())) for line in records(tmp_path)] == [8, 8, 8, 0, 8, 0]
 
 
 def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeypatch):
@@ -261,9 +264,28 @@ def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeyp
     monkeypatch.setattr(train, "matching_loss", mean)
     monkeypatch.setattr(train, "MATCH_LR", 2.0)
     monkeypatch.setattr(train, "DECAY", 1e-9)
-    options = ["--batch", 4, "--match-from", 0, "--match", 100, "--steps", 8]
+    options = ["--batch", 4, "--match-from", 0, "--match", 100, "--steps", 10]
     assert call("train", *QUICK, *options, "--out", tmp_path)[0] == 0
     assert len(means) == 7 and max(means[-2:]) < min(means[:2])
+
+
+def test_refining_approaches_the_refined_samples_of_an_average_that_stays(call, tmp_path, monkeypatch):
+    """Of the same noises again and again. In the end the student takes the average's place."""
+    averages, draw, refine = [], train.draw, Student.refine
+
+    def refined(student, eps, steps, **condition):
+        averages.append(sum(p.double().sum().item() for p in student.network.parameters()))
+        assert steps == train.REFINE_STEPS and "w" in condition
+        return refine(student, eps, steps, **condition)
+    monkeypatch.setattr(Student, "refine", refined)
+    monkeypatch.setattr(train, "draw", lambda seed, step, *rest: draw(seed, 0, *rest))
+    monkeypatch.setattr(plumbing.run, "LOG_EVERY", 1)
+    monkeypatch.setattr(train, "DECAY", 1e-9)
+    assert call("train", *QUICK, "--match-from", 0, "--steps", 12, "--out", tmp_path)[0] == 0
+    errors = [line["refining"] for line in records(tmp_path) if "refining" in line]
+    assert len(errors) == 3 and errors[0] > errors[1] > errors[2] > 0 and len(set(averages)) == 1
+    state = read_state(tmp_path)
+    assert all(tensor.equal(state[f"student.{name}"]) for name, tensor in student(tmp_path).items())
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder

@@ -241,12 +241,14 @@ def nbytes(tensors):
 
 
 def kinds_of_steps(args):
-    """The numbers of the steps of each kind: BOOT's alone, with the critic's head start, matched, matched with BOOT."""
+    """The numbers of the steps of each kind: BOOT's alone, with the critic's head start, matched, matched with BOOT,
+    refined."""
     with warnings.catch_warnings(action="ignore"):          # train.train has warned already
-        critic_from, match_from = (min(step, args.steps) for step in train.begin_of_matching(args, 0, 0))
-    matched = range(match_from, args.steps)
+        critic_from, match_from, refine_from = (min(step, args.steps) for step in train.phases(args, 0, 0))
+    matched = range(match_from, refine_from)
     with_boot = [step for step in matched if (step + 1) % train.BOOT_EVERY == 0]
-    return [range(critic_from), range(critic_from, match_from), sorted(set(matched) - set(with_boot)), with_boot]
+    return [range(critic_from), range(critic_from, match_from), sorted(set(matched) - set(with_boot)), with_boot,
+            range(refine_from, args.steps)]
 
 
 def report(plan, tflops, price=None):
