@@ -32,13 +32,12 @@ MADE = {"sd21": "", "range": "--guidance 2:4", "ddpm-cifar10": ""}      # runs t
 SHORT = "--steps 4 --warmup 1 --match-from 0.5 --every 2 --samples 2 --batch 4"
 IS_PATTERN, IS_OLD = "is a pattern, which has no values", "has options of an earlier commit"
 NOT_RUN = [
-    (r"^python3 -m venv|pytest", "is what CI does"),
     (r"FOLDER|OWNER|OPTIONS|\bPRICE\b", IS_PATTERN),
     (r"--push|--nnodes", "needs an account, or a second machine; tests have a hub and a cluster of their own"),
     (r"--match-guidance", IS_OLD),
     (r"ComfyUI", "needs ComfyUI: dev.comfy runs it"),
     (r"http\.server|tools\.demo", "serves until it is stopped; tests/test_pages.py visits the pages"),
-    (r"train_tiny$|--stages|--fresh|dev\.kill|dev\.paper ablations|lab$|--limited|--measure", "takes an hour or more"),
+    (r"train_tiny$|--stages|--fresh|dev\.kill|dev\.paper ablations|lab (?!--table)|--measure", "takes an hour or more"),
     (r"dev\.bench|dev\.synthesise", "is for the size of Stable Diffusion; tests run it on a small one"),
     (r"dev\.paper uncurated", "needs a student that takes twenty minutes"),
     (r"coco", "needs weights and images; tests/test_fidelity.py runs it on small ones"),

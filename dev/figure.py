@@ -14,16 +14,15 @@ other seeds it differs more from y_0. The step drawn is Euler's over two columns
 T / 10. Needs matplotlib.
 """
 
-import io
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from plumbing.files import command, new_parser, user_path
-from plumbing.images import noise, read_about, save_png, to_pil
+from plumbing.images import noise, to_pil
 from signal_ode import add_noise, signal_step, solve
 from student import load_student
+from tools.plotting import new_figure, save_figure
 
 COLUMNS = 7
 STEPS = 48                  # of the teacher; every eighth state is shown
@@ -51,10 +50,8 @@ def make_cells(prompt, seed):
     return times, rows, step
 
 
-def draw(times, rows, step):
-    """The figure. Its unit is a cell; the rows' names are left of x = 0."""
-    from matplotlib.figure import Figure                    # here, because only this command needs it
-    figure = Figure(figsize=(9, 4.7), dpi=200)
+def draw(figure, times, rows, step):
+    """Its unit is a cell; the rows' names are left of x = 0."""
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-2.3, 7.0), ylim=(4.55, -0.36), autoscale_on=False)
     axes.axis("off")
 
@@ -97,7 +94,6 @@ def draw(times, rows, step):
     arrow((0.47, 3.5), (0.47, 2.98))
     write(0.47, 3.75, "the boundary loss:\n$g(\\epsilon, T)$ learns $f(\\epsilon, T)$,\nthe start of row $y_t$",
           color=BLUE, ha="center")
-    return figure
 
 
 def main():
@@ -106,11 +102,9 @@ def main():
     parser.add_argument("--prompt", default="a red ankle boot on a yellow background")
     parser.add_argument("--seed", type=int, default=14)
     args = parser.parse_args()
-    read_about(args.out)                                    # refuses to replace somebody's file
-    drawn = io.BytesIO()
-    draw(*make_cells(args.prompt, args.seed)).savefig(drawn)
-    save_png(args.out, Image.open(drawn), {})
-    print(args.out)
+    figure = new_figure(args.out, figsize=(9, 4.7), dpi=200)
+    draw(figure, *make_cells(args.prompt, args.seed))
+    save_figure(figure, args.out)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,22 @@ is not shipped; these two lines train it in twenty minutes:
 The other students are the shipped ones, which BOOT trained and matching after it. It needs matplotlib.
 """
 
-import io
 import re
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import train
+from dev.figure import make_cells
 from plumbing.files import command, new_parser, user_spec
 from plumbing.hub import TINY
-from plumbing.images import noise, save_png, to_pil
+from plumbing.images import noise, to_pil
 from plumbing.run import Run
 from signal_ode import solve
 from student import load_student
 from tools.evaluate import Evaluation, teacher_rows
+from tools.plotting import new_figure, save_figure
 
 FOLDER = Path("docs/paper")
 PROMPTS = ["a red ankle boot on a yellow background", "a green coat on a pink background",
@@ -42,26 +42,18 @@ ABLATIONS = {
     "boundary loss of weight 1": ["--beta", "1"],
     "progressive times": [],
     "Euler, K = 10": ["--solver", "euler"],
-    "Euler, K = 20, the same number of teacher calls": ["--solver", "euler", "--num-steps", "20"],
+    "Euler, K = 20, with as many teacher calls from T to 0": ["--solver", "euler", "--num-steps", "20"],
     "K = 5": ["--num-steps", "5"],
     "K = 20": ["--num-steps", "20"],
     "K = 50": ["--num-steps", "50"],
     "input time T, as in the paper": ["--input-time", "1000"]}
 
 
-def save(figure, name):
-    """Write a figure as docs/paper/NAME.png."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    save_png(FOLDER / f"{name}.png", Image.open(drawn), {})
-    print(FOLDER / f"{name}.png")
-
-
 def show_rows(name, rows, columns=()):
-    """Draw rows of images, {text: list of PIL images}, with the texts left of them. columns: texts above."""
-    from matplotlib.figure import Figure                    # here, because the ablations do without
-    count = max(map(len, rows.values()))
-    figure = Figure(figsize=(2.6 + 0.85 * count, 0.4 + 0.95 * len(rows)), layout="constrained")
+    """Draw docs/paper/NAME.png: rows of images, {text: list of PIL images}, with the texts left of them. columns: texts
+    above."""
+    count, path = max(map(len, rows.values())), FOLDER / f"{name}.png"
+    figure = new_figure(path, figsize=(2.6 + 0.85 * count, 0.4 + 0.95 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), count + 1, squeeze=False, width_ratios=[2.6, *[0.85] * count])
     for y, (text, images) in enumerate(rows.items()):
         axes[y, 0].text(0, 0.5, text, va="center", fontsize=9, transform=axes[y, 0].transAxes)
@@ -71,29 +63,20 @@ def show_rows(name, rows, columns=()):
                 axes[y, x].set_title(columns[x - 1], fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
-    save(figure, name)
+    save_figure(figure, path)
 
 
 @torch.no_grad()
 def pathways():
     """Figure 2: a consistency model goes from every point of a path to its end, BOOT from its beginning to every point.
     The consistency model is the exact one: where the teacher's sampler ends."""
-    student = load_student()
-    teacher, w = student.teacher, student.pick_guidance()
-    eps, condition, schedule = noise([14], teacher.shape), teacher.encode(PROMPTS[:1]), teacher.schedule
-    grid = schedule.grid(48)
-    x, y = (solve(teacher.denoise, eps, grid, schedule, space=space, w=w, **condition) for space in "xy")
-    times = grid[::8]
-    g = [student(eps, t, **condition) for t in times]
-
-    def decode(states):
-        return to_pil(teacher.decode(torch.cat(states)))
+    times, (x, y, g), _ = make_cells(PROMPTS[0], seed=14)
     show_rows("pathways", {
-        "consistency model\nreads $x_t$, a point of the path ...": decode(x[::8]),
-        "... and says where the path ends:\none answer": decode([x[-1]] * len(times)),
-        "BOOT\nreads the noise $\\epsilon$, where it begins ...": decode([eps] * len(times)),
-        "... and says each point's signal $y_t$\n(the shipped student)": decode(g),
-        "the teacher's $y_t$": decode(y[::8])}, [f"t = {t}" for t in times])
+        "consistency model\nreads $x_t$, a point of the path ...": x,
+        "... and says where the path ends:\none answer": x[-1:] * len(times),
+        "BOOT\nreads the noise $\\epsilon$, where it begins ...": x[:1] * len(times),        # x_T is the noise
+        "... and says each point's signal $y_t$\n(the shipped student)": g,
+        "the teacher's $y_t$": y}, [f"t = {t}" for t in times])
 
 
 @torch.no_grad()
@@ -118,7 +101,8 @@ def ends():
 
 @torch.no_grad()
 def uncurated(folder):
-    """Figures 5 and 6: seeds 0 to 9 of three teachers in 50, 10 and one DDIM steps, and their students in one."""
+    """Figures 5 and 6: seeds 0 to 9 of the pixel teacher, without and with a class, and of the text teacher, in 50, 10
+    and one DDIM steps, and of their students in one."""
     rows = {}
     for kind, where, prompt in (("no condition", folder, "10"), ("class", TINY / "pixel" / "student", "ankle boot"),
                                 ("text", TINY / "student", PROMPTS[0])):

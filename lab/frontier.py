@@ -12,21 +12,18 @@ means over seeds, and their bars go from the worst seed to the best. The teacher
 It needs matplotlib.
 """
 
-import io
 import itertools
 import json
 from pathlib import Path
-
-from PIL import Image
 
 from lab.__main__ import FIGURES, IMAGES, groups, read_lines, share_of_budget
 from lab.loop import W
 from plumbing.files import BadInput, command, new_parser, user_path
 from plumbing.hub import TINY
-from plumbing.images import read_about, save_png
 from plumbing.processes import pick_device
 from student import load_student
 from tools.evaluate import Evaluation, limited_rows, teacher_rows
+from tools.plotting import new_figure, save_figure
 
 TEACHER = Path(__file__).parent / "teacher.jsonl"
 SCALES = 1.5, 2.0, 3.0, 4.0, 5.0
@@ -82,11 +79,7 @@ def main():
     p.add_argument("--out", type=user_path, default=Path("docs/frontier.png"), help="(default: %(default)s)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     args = p.parse_args()
-    read_about(args.out)                                    # refuses to replace somebody's file
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput("lab.frontier needs matplotlib: pip install matplotlib") from None
+    figure = new_figure(args.out, figsize=(14, 6), layout="constrained")
     device, students = pick_device(args.device), {}
     if args.measure:
         measure_teacher(Evaluation(load_student(TINY / "student", None, device), IMAGES, W, 0))
@@ -100,16 +93,12 @@ def main():
         students[name], _ = evaluation.measure(evaluation.one_step(), name)
     methods = {name + (", limited" if limited else ""): lines
                for (name, limited, _), lines in sorted(groups(share_of_budget(args.budget)).items())}
-    figure = Figure(figsize=(14, 6), layout="constrained")
     distance, recall = figure.subplots(1, 2)
     draw(distance, "frechet", "Frechet distance to real images: lower is better", (15, MOST_DISTANCE), students,
          methods)
     draw(recall, "recall", "recall: higher is better", (LEAST_RECALL, 0.9), students, methods)
     recall.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
-    save_png(args.out, Image.open(drawn), {})
-    print(args.out)
+    save_figure(figure, args.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """BOOT in two dimensions, where everything can be seen: a teacher without a network, and a student that is a small one.
 
     python -m lab.toy                               a minute on one core, and a picture: toy.png
-    python -m lab.toy --out docs/toy.png
+    python -m lab.toy --out docs/toy.png            the one that the pages show
 
 The data are a mixture of Gaussians. Its denoiser f is known exactly, so the teacher has no error of its own. The
 student starts as train.py's does: g(eps, t) is the teacher's prediction at a fixed time, plus a network whose last
-layer is zero. The losses are the functions that train.py calls. The panels, where a circle is a Gaussian of the data
-and a colour is the direction of eps:
+layer is zero. The losses are the functions that train.py calls. It needs matplotlib. The panels, where a circle is a
+Gaussian of the data and a colour is the direction of eps:
 
     teacher, x_t                DDIM's paths, from noise to data
     teacher, y_t                the same by their signal, the Signal-ODE: they begin near the mean of the data
@@ -26,15 +26,16 @@ import torch
 from torch import nn
 
 from matching import critic_loss, matching_loss
-from plumbing.files import check_new, command, new_parser, user_path
+from plumbing.files import command, new_parser, user_path
 from signal_ode import Schedule, add_noise, boot_losses, solve
+from tools.plotting import new_figure, save_figure
 
 MEANS = torch.tensor([[math.cos(k * math.tau / 5), math.sin(k * math.tau / 5)] for k in range(5)]) * 1.5
 WEIGHTS, STD = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3]), 0.12
 T, INPUT_TIME, DELTA = 1000, 600, 100
 POINTS, BATCH = 4, 96       # a sample is a set of 4 points with one time, since matching.py divides by a sample's mean
 STEPS, MATCH_STEPS, LR, MATCH_LR = 1200, 800, 2e-3, 5e-4
-CRITIC_STEPS, HEAD_START = 3, 240                           # of the critic: for each of the student's; before the first
+CRITIC_STEPS, HEAD_START = 3, 240       # the critic's steps for each of the student's, and before the student's first
 SCHEDULE = Schedule(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)     # Stable Diffusion's
 
 
@@ -72,7 +73,7 @@ def new_student():
 
 
 def train(network, student, beta=0.1):
-    """So many steps of BOOT. The rate falls to zero."""
+    """STEPS steps of BOOT. The rate falls to zero."""
     adam = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
     for step in range(STEPS):
         adam.param_groups[0]["lr"] = LR * (1 - step / STEPS)
@@ -85,8 +86,8 @@ def train(network, student, beta=0.1):
 
 
 def match(network, student):
-    """So many steps of matching. The critic makes three for each of the student's, and some before the first: one that
-    lags behind leads the student astray. Both rates fall to zero."""
+    """MATCH_STEPS steps of matching. The critic makes three for each of the student's, and some before the first: one
+    that lags behind leads the student astray. Both rates fall to zero."""
     critic_network = Net()
 
     def critic(x_t, t):                                     # what it has to correct vanishes with the noise
@@ -119,7 +120,7 @@ def main():
     parser.add_argument("--out", type=user_path, default="toy.png", help="the picture (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    check_new(args.out)
+    figure = new_figure(args.out, figsize=(14, 7.2), dpi=110, layout="constrained")
     torch.manual_seed(args.seed)
     eps, grid = torch.randn(1, 1500, 2), SCHEDULE.grid(50)
     few = eps[:, :60]
@@ -138,17 +139,15 @@ def main():
     panels["after BOOT: map"] = after_boot
     match(network, student)
     panels["after matching: map"] = student(eps, 0).detach()
-    draw(panels, eps, args.out)
+    draw(figure, panels, eps)
+    save_figure(figure, args.out)
 
 
-def draw(panels, eps, path):
+def draw(figure, panels, eps):
     """Paths as lines, maps as points, coloured by the direction of eps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    colours = pyplot.cm.hsv(torch.atan2(eps[0, :, 1], eps[0, :, 0]) / math.tau + 0.5)
-    figure, axes = pyplot.subplots(2, 4, figsize=(14, 7.2), sharex=True, sharey=True)
-    for axis, (name, panel) in zip(axes.flat, panels.items(), strict=True):
+    from matplotlib import colormaps
+    colours = colormaps["hsv"](torch.atan2(eps[0, :, 1], eps[0, :, 0]) / math.tau + 0.5)
+    for axis, (name, panel) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
         axis.set(title=name, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[])
         if isinstance(panel, list):
             for line, colour in zip(torch.cat(panel).transpose(0, 1), colours):
@@ -157,8 +156,6 @@ def draw(panels, eps, path):
         else:
             axis.scatter(*panel[0].T, c=colours, s=3)
         axis.scatter(*MEANS.T, marker="o", s=350, facecolors="none", edgecolors="grey", linewidths=0.7)
-    figure.tight_layout(h_pad=2)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

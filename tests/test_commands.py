@@ -1,4 +1,4 @@
-"""Every command of train.py, sample.py, tools/ and dev/ ends bad input with one sentence and exit code 2.
+"""Every command of train.py, sample.py, tools/, lab/ and dev/ ends bad input with one sentence and exit code 2.
 
 Without a traceback, and before it has written anything. A machine whose memory does not suffice gets a sentence, too.
 The commands that the pages show have options that exist.
@@ -19,7 +19,7 @@ from conftest import ROOT, copy_tiny
 from dev.commands import IS_OLD, IS_PATTERN, PAGES, commands_of, why_not
 from plumbing.files import command
 
-COMMANDS = [path for folder in (ROOT, ROOT / "tools", ROOT / "dev") for path in sorted(folder.glob("*.py"))
+COMMANDS = [path for folder in (".", "tools", "lab", "dev") for path in sorted((ROOT / folder).glob("*.py"))
             if "command(main)" in path.read_text(encoding="utf-8")]
 
 
@@ -112,6 +112,7 @@ def test_every_command_says_how_it_is_run(script, path):
     ("tools/evaluate --images 100 --json {out}/a.json", "a.json a.png"), ("tools/export --out {out}", "a"),
     ("tools/curves {bad} --out {out}/a.png", "a.png"), ("dev/bench --json {out}/a.json", "a.json"),
     ("dev/kill --out {out}", "killed/config.json whole/config.json"), ("dev/figure --out {out}/a.png", "a.png"),
+    ("lab/toy --out {out}/a.png", "a.png"), ("lab/frontier --out {out}/a.png", "a.png"),
     ("dev/synthesise tests/checkpoints/taesd {out}", "config.json"),
     ("dev/train_tiny --stages tokenizer --work {bad} --out {out}", "model_index.json prompts.txt"),
     ("dev/train_tiny --stages vae --data {bad} --work {out} --out {bad}/new", "vae.pt")])
@@ -205,12 +206,12 @@ def test_the_options_of_every_command_of_the_pages_exist(page, call, monkeypatch
         raise Parsed
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
     for text in commands_of(page):
-        if why_not(text) in (IS_PATTERN, IS_OLD) or "pytest" in text or "ComfyUI" in text:
+        if why_not(text) in (IS_PATTERN, IS_OLD) or "ComfyUI" in text:
             continue
         words = shlex.split(text)
         script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
         name = words[script].removesuffix(".py") if script else words[words.index("-m") + 1]
-        if name in ("venv", "http.server"):
+        if name == "http.server":
             continue
         name = "lab.__main__" if name == "lab" else name
         rest = words[script + 1:] if script else words[words.index("-m") + 2:]

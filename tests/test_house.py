@@ -83,7 +83,7 @@ def test_the_mathematics_needs_torch_alone():
 
 def test_the_product_needs_its_packages_alone():
     """Not the reference libraries. Only commands that say so need others: for curves, a page, a graph, FID."""
-    optional = {"curves.py": {"matplotlib"}, "demo.py": {"gradio"}, "graph.py": {"onnx", "onnxscript"},
+    optional = {"plotting.py": {"matplotlib"}, "demo.py": {"gradio"}, "graph.py": {"onnx", "onnxscript"},
                 "fidelity.py": {"torch_fidelity", "transformers"}}
     for path in files(*TOP, "plumbing", "tools"):
         names = {module.split(".")[0] for module in imported(path)}

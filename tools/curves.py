@@ -6,15 +6,12 @@ It reads log.jsonl while the run goes on, or after it. Where a curve has more th
 is the mean of several. It needs matplotlib.
 """
 
-import io
 import json
 import math
 import statistics
 
-from PIL import Image
-
 from plumbing.files import BadInput, command, new_parser, user_path
-from plumbing.images import read_about, save_png
+from tools.plotting import new_figure, save_figure
 
 MOST = 200              # points of a curve
 
@@ -76,23 +73,15 @@ def main():
     if args.out and args.out.suffix.lower() != ".png":
         raise BadInput(f"--out {args.out} is no .png file")
     records, out = read_log(args.run / "log.jsonl"), args.out or args.run / "curves.png"
-    read_about(out)                                         # refuses to replace somebody's file
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput("tools.curves needs matplotlib: pip install matplotlib") from None
     steps = [record["step"] for record in records]
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure = new_figure(out, figsize=(14, 8), layout="constrained")
     times, losses, rates, speed = figure.subplots(2, 2).flat
     draw(times, "bootstrap loss by time", steps, by_time(records))
-    draw(losses, "losses", steps, pick(records, "bootstrap", "boundary", "matching", "critic"))
+    draw(losses, "losses", steps, pick(records, "bootstrap", "boundary", "matching", "critic", "refining"))
     draw(rates, "learning rate, gradient norms", steps, pick(records, "lr", "grad_norm", "critic_grad_norm"))
     draw(speed, "samples a second", steps, pick(records, "samples_per_s"), "linear")
     speed.set_ylim(bottom=0)
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
-    save_png(out, Image.open(drawn), {})
-    print(out)
+    save_figure(figure, out)
 
 
 if __name__ == "__main__":

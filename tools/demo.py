@@ -4,8 +4,8 @@
     python -m tools.demo --student runs/sd21 --precision bf16
     python -m tools.demo --student runs/range --share       also at a public address, for a week
 
-An image is the one that sample.py makes of the same prompt, seed and scale, and its file says so in its text chunks. A
-teacher that is slow can be unticked: on a CPU the two slow each other down. It needs gradio 6.
+An image is the one that sample.py makes of the same prompt, seed and scale, and its file says so in its text chunks. On
+a CPU the box of a large teacher is not ticked, because the two slow each other down. It needs gradio 6.
 """
 
 import itertools
@@ -64,8 +64,8 @@ class Images:
         return path, f"**teacher, {steps} steps: {seconds:.3f} s**"
 
 
-def build_page(gradio, images, first):
-    """The page, a gradio.Blocks. first: the prompt or label it begins with."""
+def build_page(gradio, images, first, with_teacher=True):
+    """The page, a gradio.Blocks. first: the prompt or label it begins with. with_teacher: whether its box is ticked."""
     student, teacher = images.student, images.student.teacher
     low, high = student.guidance if student.ranged else (student.guidance, student.guidance + 1)
     with gradio.Blocks(title="BOOT", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -81,7 +81,7 @@ def build_page(gradio, images, first):
             refine = gradio.Slider(0, min(10, teacher.schedule.T // REFINE_FROM), 0, step=1, label="refining steps")
             steps = gradio.Slider(1, min(50, teacher.schedule.T), min(50, teacher.schedule.T), step=1,
                                   label="teacher's steps")
-            ticked = gradio.Checkbox(is_embedded(teacher.spec) or teacher.device.type == "cuda", label="teacher")
+            ticked = gradio.Checkbox(with_teacher, label="teacher")
         pictures, words = [], []
         with gradio.Row():
             for name in ("student", "teacher"):
@@ -127,8 +127,9 @@ def main():
         images = Images(student, about, folder)
         job = first, 0, student.pick_guidance()
         images.of_student(0, [], *job)                      # the first of each is slow, because weights are read
-        images.of_teacher(True, 1, *job)
-        page = build_page(gradio, images, first)
+        with_teacher = is_embedded(student.teacher.spec) or student.teacher.device.type == "cuda"
+        images.of_teacher(with_teacher, 1, *job)
+        page = build_page(gradio, images, first, with_teacher)
         page.launch(share=args.share, server_port=args.port, css=STYLE, footer_links=[], show_error=True)
 
 

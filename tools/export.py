@@ -245,11 +245,11 @@ def export(student, args):
         files[LORA], made = make_lora(tensors, student, args.lora, dtype)
         error = lora_error(tensors, made, student)
 
+    if args.onnx:                                                       # first, since it may lack a package
+        write_graph(out / "student.onnx", student, tensors, half=args.precision == "fp16")
     write_tensors(out / "unet" / WEIGHTS, unet, dtype)
     write_json(out / "unet" / "config.json", config)
     write_json(out / "scheduler" / "scheduler_config.json", {**scheduler, EXPORTED: teacher.spec})
-    if args.onnx:
-        write_graph(out / "student.onnx", student, tensors, half=args.precision == "fp16")
     for name, content in files.items():
         write_tensors(out / name, content, dtype)
         lora = name == LORA
@@ -314,7 +314,8 @@ def card(student, args, pipeline, error):
         "sigma": sigma_max(student),
         "classes": ", ".join(f"{number} {name}" for name, number in teacher.labels.items() if name),
         "negative": quoted(teacher.negative_prompt) if teacher.negative_prompt else "it is empty",
-        "onnx_inputs": onnx_inputs(student, args), "graph": quoted((args.out / "student.onnx").as_posix()),
+        "onnx_inputs": onnx_inputs(student, args),
+        "graph": quoted("student.onnx" if args.push else (args.out / "student.onnx").as_posix()),
         "figures": figures(args, teacher, student.fingerprint, w)}
     applies = {"seed": pipeline, "lora": error, "single file": args.single_file, "onnx": args.onnx,
                "programs": error or args.single_file, "limits": True,
@@ -331,7 +332,8 @@ def onnx_inputs(student, args):
     if student.teacher.text_encoder:
         lines += ["from transformers import CLIPTokenizer",
                   f'tokenizer = CLIPTokenizer.from_pretrained({quoted(where)}, subfolder="tokenizer")',
-                  f'inputs["tokens"] = tokenizer([{text}], padding="max_length", return_tensors="np").input_ids']
+                  f'inputs["tokens"] = tokenizer([{text}], padding="max_length", truncation=True, '
+                  'return_tensors="np").input_ids']
     if student.teacher.labels:
         lines.append('inputs["label"] = np.array([0])')
     if student.ranged and args.guidance is None:

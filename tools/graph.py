@@ -72,7 +72,7 @@ def write_graph(path, student, tensors, half=False):
         import onnx
         import onnxscript  # noqa: F401, which torch.onnx needs
     except ImportError:
-        raise BadInput("--onnx needs two packages: pip install onnx onnxscript") from None
+        raise BadInput("a graph of ONNX needs two packages: pip install onnx onnxscript") from None
     graph = Graph(student, tensors).eval()
     inputs = inputs_of(student, graph)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)             # torchvision is not missed
