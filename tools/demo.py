@@ -18,7 +18,7 @@ import torch
 
 from plumbing.files import BadInput, command, new_parser, user_spec
 from plumbing.hub import TINY, is_embedded
-from plumbing.images import save_png
+from plumbing.images import read_about, save_png
 from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from sample import Job, open_student, sample_batch
@@ -48,9 +48,11 @@ class Images:
         return str(path), seconds
 
     def of_student(self, refine, strip, *job):
-        """(path, a line of text, the paths of the strip to be shown, and the same to be kept)."""
+        """(path, a line of text, the paths of the strip to be shown, and the same to be kept). In the strip no image is
+        twice."""
         path, seconds = self.sample(self.student, self.about | {"refine": refine or ""}, refine, *job)
-        strip = [old for old in (path, *strip) if Path(old).exists()][:LAST]
+        others = [old for old in strip if Path(old).exists() and read_about(old) != read_about(path)]
+        strip = [path, *others][:LAST]
         steps = f"1 + {refine} steps" if refine else "one step"
         return path, f"**student, {steps}: {seconds:.3f} s**", strip, strip
 
@@ -89,14 +91,15 @@ def build_page(gradio, images, first, with_teacher=True):
                     words.append(gradio.Markdown())
                     pictures.append(gradio.Image(label=name, format="png", height=400, interactive=False,
                                                  elem_id=name, buttons=["download", "fullscreen"]))
-        strip, kept = gradio.Gallery(label="the last ones", columns=LAST, height=170, format="png"), gradio.State([])
+        strip = gradio.Gallery(label="the last ones", columns=LAST, height=170, format="png", object_fit="contain")
+        kept = gradio.State([])
         job = [prompt, seed, guidance]
-        for function, own, outputs in (
-                (images.of_student, [refine, kept], [pictures[0], words[0], strip, kept]),
-                (images.of_teacher, [ticked, steps], [pictures[1], words[1]])):
+        for function, own, outputs, progress in (           # "minimal" dims an old picture until the new one is there
+                (images.of_student, [refine, kept], [pictures[0], words[0], strip, kept], "hidden"),
+                (images.of_teacher, [ticked, steps], [pictures[1], words[1]], "minimal")):
             changes = [part.change for part in (*own, *job) if part is not kept]
             gradio.on([page.load, *changes], function, [*own, *job], outputs, trigger_mode="always_last",
-                      show_progress="hidden")
+                      show_progress=progress)
     return page
 
 
