@@ -57,7 +57,7 @@ DECAY = 0.6                 # The rate falls linearly over the last 60% of BOOT'
 MATCH_LR = 1 / 5            # The rate of matching and of refining is this share of --lr. BOOT's rate falls to it.
 BOUNDARY_EVERY = 4          # Every 4th sample has a boundary loss. The boundary is learned fast, and its passes cost.
 BOOT_EVERY = 5              # In matching, every 5th step still has BOOT's losses.
-REFINE_SHARE = 0.25         # This last part of the steps after the beginning of matching refines the student instead.
+REFINE_SHARE = 0.1          # This last part of the steps after the beginning of matching refines the student instead.
 REFINE_STEPS = 4            # The teacher refines the student's samples in so many steps.
 BETA_1, BETA_2 = 0.9, 0.99  # These are Adam's betas of the student.
 # This is the critic's beta_1, and the student's once the critic learns: momentum would lag behind the other network.
@@ -209,7 +209,7 @@ def phases(args, start, critic_steps):
     if match_from >= args.steps:
         warnings.warn(f"{args.steps} steps end before matching begins, after {match_from}: give more --steps, or less "
                       "--match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
-    refine_from = args.steps - round(REFINE_SHARE * (args.steps - match_from)) if args.ema else args.steps
+    refine_from = args.steps - math.ceil(REFINE_SHARE * (args.steps - match_from)) if args.ema else args.steps
     return match_from - max(0, left), match_from, refine_from
 
 

@@ -180,7 +180,7 @@ def test_a_dry_run_loads_and_checks_and_writes_nothing(call, tmp_path, monkeypat
     code, printed, _ = call(*line)
     assert code == 0 and "1300 steps of 32, 32 at once" in printed
     assert f"guidance 3.0, input time {input_time}, " in printed
-    assert "matching begins at 585, refining 1121\n" in printed
+    assert "matching begins at 585, refining 1228\n" in printed
     code, _, error = call(*line, "--prompts", tmp_path / "none.txt")
     assert code == 2 and "none.txt is missing" in error and not list(tmp_path.iterdir())
 
@@ -230,12 +230,12 @@ def test_learning_rate_warms_up_holds_and_decays_to_that_of_matching_and_then_to
 
 def test_the_critic_has_a_head_start_and_other_steps_move_it_until_it_is_over():
     phases = train.phases
-    assert phases(arguments(40, 2), 0, 0) == (16, 18, 34) and phases(arguments(40, 2, match=0), 0, 0) == (40, 40, 40)
-    assert phases(arguments(40, 2, match_from=0), 0, 0) == (0, 2, 30)
-    assert phases(arguments(100, 2), 15, 0) == (43, 45, 86)
-    assert phases(arguments(20, 2), 12, 0) == (12, 14, 18)  # its head start comes first, even if that is late
-    assert phases(arguments(40, 2), 20, 4) == phases(arguments(40, 2), 36, 20) == (18, 18, 34)
-    assert phases(arguments(100, 2), 22, 6) == (18, 18, 80)
+    assert phases(arguments(40, 2), 0, 0) == (16, 18, 37) and phases(arguments(40, 2, match=0), 0, 0) == (40, 40, 40)
+    assert phases(arguments(40, 2, match_from=0), 0, 0) == (0, 2, 36)
+    assert phases(arguments(100, 2), 15, 0) == (43, 45, 94)
+    assert phases(arguments(20, 2), 12, 0) == (12, 14, 19)  # its head start comes first, even if that is late
+    assert phases(arguments(40, 2), 20, 4) == phases(arguments(40, 2), 36, 20) == (18, 18, 37)
+    assert phases(arguments(100, 2), 22, 6) == (18, 18, 91)
     with pytest.warns(UserWarning, match="40 steps end before .*, after 50: give more --steps"):
         assert phases(arguments(40, 50), 0, 0)[:2] == (0, 50)
 
@@ -267,7 +267,7 @@ def test_matching_is_told_fresh_noise_and_leads_downhill(call, tmp_path, monkeyp
     monkeypatch.setattr(train, "DECAY", 1e-9)
     options = ["--batch", 4, "--match-from", 0, "--match", 100, "--steps", 10]
     assert call("train", *QUICK, *options, "--out", tmp_path)[0] == 0
-    assert len(means) == 7 and max(means[-2:]) < min(means[:2])
+    assert len(means) == 8 and max(means[-2:]) < min(means[:2])
 
 
 def test_refining_approaches_the_refined_samples_of_an_average_that_stays(call, tmp_path, monkeypatch):
@@ -282,6 +282,7 @@ def test_refining_approaches_the_refined_samples_of_an_average_that_stays(call, 
     monkeypatch.setattr(train, "draw", lambda seed, step, *rest: draw(seed, 0, *rest))
     monkeypatch.setattr(plumbing.run, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "DECAY", 1e-9)
+    monkeypatch.setattr(train, "REFINE_SHARE", 0.25)
     assert call("train", *QUICK, "--match-from", 0, "--steps", 12, "--out", tmp_path)[0] == 0
     errors = [line["refining"] for line in records(tmp_path) if "refining" in line]
     assert len(errors) == 3 and errors[0] > errors[1] > errors[2] > 0 and len(set(averages)) == 1
