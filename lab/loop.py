@@ -18,7 +18,7 @@ from plumbing.prompts import encode_by_number, training_prompts
 from signal_ode import clean_prediction
 from student import Critic, Student, new_critic, new_student, set_trainable
 
-BUDGET = 474_000        # evaluations of train.py's default run
+BUDGET = 474_000        # evaluations of train.py's default run, before it also refined
 BATCH, W, INPUT_TIME, EMA = 32, 3.0, 600, 0.99
 
 
