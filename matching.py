@@ -23,9 +23,9 @@ weighted by a number a, as published 1 or 1.2 (it is called alpha there):
 
     L = (1 - a) * || f - h ||^2 + (f - h) . (h - x)
 
-With a = 1/2, L has half of the exact gradient. We take a = 1.2 (A in the code), the larger of the two published ones: in a
-short run the student then has more variety than with a = 1, which drops the first term. For a long run a = 1 is a little
-better (docs/results.md).
+With a = 1/2, L has half of the exact gradient. We take a = 1.2 (A in the code), the larger of the two published ones:
+in a short run the student then has more variety than with a = 1, which drops the first term. In a long run a = 1 is a
+little better (docs/results.md).
 
 The idea is that of Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) and SwiftBrush (Nguyen & Tran 2024, 2312.05239).
 The loss is SiD's (Zhou et al. 2024, 2404.04057, eq. 23), and its scale is DMD's (Yin et al. 2024, 2311.18828). FreeFlow

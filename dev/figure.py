@@ -9,9 +9,9 @@ above it. Below them is one step of training: the teacher makes the target for g
 
 Latents are decoded as they are. x_t has about unit variance at every t, and the decoder shows its noise as coloured
 blobs. The student is tiny/student, which was trained by BOOT, then matched and refined. Every fifth step of matching
-still has BOOT's losses, so its g(eps, t) follows y_t. Only g(eps, 0) is matched and refined: it is sharper than BOOT alone
-makes it, and for other seeds it differs more from y_0. The step drawn is Euler's over two columns, T / 3; train.py takes
-Heun's over T / 10. Needs matplotlib.
+still has BOOT's losses, so its g(eps, t) follows y_t. Only g(eps, 0) is matched and refined: it is sharper than BOOT
+alone makes it, and for other seeds it differs more from y_0. The step drawn is Euler's over two columns, T / 3;
+train.py takes Heun's over T / 10. Needs matplotlib.
 """
 
 from pathlib import Path
