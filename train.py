@@ -209,8 +209,9 @@ def phases(args, start, critic_steps):
     if match_from >= args.steps:
         warnings.warn(f"{args.steps} steps end before matching begins, after {match_from}: give more --steps, or less "
                       "--match-from or --warmup, or --match 0 for BOOT alone", stacklevel=2)
-    refine_from = args.steps - math.ceil(REFINE_SHARE * (args.steps - match_from)) if args.ema else args.steps
-    return match_from - max(0, left), match_from, refine_from
+    # The first step after the beginning of matching is always a matched one.
+    refined = math.ceil(REFINE_SHARE * (args.steps - match_from - 1)) if args.ema else 0
+    return match_from - max(0, left), match_from, args.steps - refined
 
 
 # -------------------------------------------------------------------------------------------------------- the training
