@@ -49,7 +49,7 @@ from plumbing.processes import PRECISION
 from plumbing.prompts import training_prompts
 from plumbing.run import Run
 from signal_ode import add_noise, boot_losses, mean_square
-from student import new_critic, new_student, save_student, set_trainable
+from student import REFINE_FROM, new_critic, new_student, save_student, set_trainable
 from teacher import load_teacher
 
 INPUT_NOISE = 2.27          # This is sigma / alpha at an epsilon student's input time. It was found by trial.
@@ -92,7 +92,7 @@ def add_options(parser):
     option("--warmup", type=int, help="steps of linear warm-up; also the critic's head start, the steps that it learns "
            f"before the student is matched {either['warmup']}")
     option("--ema", type=float, help=f"decay of the averaged weights, which are the student {either['ema']}; "
-           "0 keeps no average and saves its memory")
+           "0 keeps no average, saves its memory, and refines nothing")
     option = parser.add_argument_group("method").add_argument
     option("--guidance", type=number_or_range, help="w, 1 is no guidance: a number, or LO:HI to train one student for "
            f"the whole range {either['guidance']}; 1 for a teacher without an empty condition")
@@ -308,7 +308,7 @@ def train(args, run):
                 # learns to make the outcome in one. The average stays as it is, or refined would be refined again.
                 if refining:
                     with run.autocast():
-                        refined = ema.refine(eps, REFINE_STEPS, **condition)
+                        refined = ema.refine(eps, min(REFINE_STEPS, T // REFINE_FROM), **condition)
                         L_R = mean_square(student(eps, 0, **condition) - refined).sum() / args.batch
                     run.backward(L_R)
                     run.log(refining=L_R)

@@ -11,6 +11,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,6 +219,12 @@ def test_the_single_file_opens_as_the_original_does(call, tmp_path):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "x", subfolder="scheduler")
     expected = sample(call, tmp_path / "own", TINY / "student", *TEXT)
     assert abs(one_step(pipeline, **PIPE) - expected).max() <= 1
+
+
+def test_without_its_packages_a_graph_is_refused_before_anything_is_written(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)          # an import of it fails
+    code, _, error = call("tools.export", "--onnx", "--out", tmp_path / "x")
+    assert code == 2 and "pip install onnx onnxscript" in error and not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

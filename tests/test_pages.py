@@ -131,6 +131,8 @@ def test_every_kind_of_student_has_its_page(tmp_path, family, guidance, first, v
     job = first, 3, images.student.pick_guidance()
     path, took, strip, kept = images.of_student(0, [str(tmp_path / "gone.png")], *job)
     assert read_about(Path(path))["seed"] == "3" and "one step" in took and strip == kept == [path]
+    again, _, strip, _ = images.of_student(0, kept, *job)
+    assert again != path and strip == [again]               # the same image is not in the strip twice
     path, took = images.of_teacher(True, 2, *job)
     assert read_about(Path(path))["steps"] == "2" and "2 steps" in took
     assert images.of_teacher(False, 2, *job) == (None, "")

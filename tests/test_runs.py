@@ -290,6 +290,13 @@ def test_refining_approaches_the_refined_samples_of_an_average_that_stays(call, 
     assert all(tensor.equal(state[f"student.{name}"]) for name, tensor in student(tmp_path).items())
 
 
+def test_a_schedule_too_short_for_four_refining_steps_takes_what_it_has(call, tmp_path):
+    teacher = copy_tiny(tmp_path / "teacher", "pixel")
+    edit(teacher / "scheduler" / "scheduler_config.json", num_train_timesteps=12)
+    options = ["--teacher", teacher, "--steps", 4, "--match-from", 0.5, "--out", tmp_path / "run"]
+    assert call("train", *QUICK, *options)[0] == 0 and "refining" in records(tmp_path / "run")[-1]
+
+
 # ---------------------------------------------------------------------------------------------------------- the folder
 def test_a_second_run_in_the_same_folder_is_told_who_is_there(call, two):
     before = everything(two)

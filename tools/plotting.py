@@ -1,8 +1,8 @@
-"""Figures, drawn by matplotlib and saved as PNG files of ours. It is installed for them alone.
+"""Figures that matplotlib draws, saved as PNG files of ours. Nothing else here needs matplotlib.
 
-    figure = new_figure("docs/boot.png", figsize=(9, 4.7))         # ahead of all that takes long
+    figure = new_figure(path, figsize=(9, 4.7))             # before anything that takes long, since it may fail
     figure.subplots().plot(...)
-    save_figure(figure, "docs/boot.png")
+    save_figure(figure, path)
 """
 
 import io
